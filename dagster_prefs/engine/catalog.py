@@ -23,8 +23,8 @@ def missing_relation(error: psycopg.Error) -> str | None:
     """Return what an engine reports as missing; None if the error has another cause."""
     if isinstance(error, psycopg.errors.UndefinedTable):
         return error.diag.message_primary
-    # RisingWave has one error code for everything that its binder cannot resolve.
-    found = re.search(r"table or source not found: \S+", str(error))
+    # RisingWave has one error code for everything that its binder cannot resolve; a statement that writes needs a table.
+    found = re.search(r"\btable( or source)? not found: \S+", str(error))
     return found.group(0) if found else None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psycopg
 import pytest
 from scripted_wire import RisingWaveWire
 
+from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words
 
@@ -140,3 +142,18 @@ def test_a_secret_and_a_subscription(target: Path) -> None:
 )  # fmt: skip
 def test_the_words_of_the_engine_are_kept_without_what_surrounds_them(message: str, words: str) -> None:
     assert engine_words(message) == words
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        ("Catalog error\n  2: table or source not found: events", "table or source not found: events"),
+        # RisingWave 3.0.3 of an insert, an update and a delete.
+        ("Catalog error\n  2: table not found: event_exports", "table not found: event_exports"),
+        ("Catalog error\n  2: schema not found: dev", None),
+        ("Catalog error\n  2: function not found: turntable", None),
+    ],
+)
+def test_what_is_missing_is_told_from_other_failures(said: str, missing: str | None) -> None:
+    error = psycopg.errors.UndefinedObject(f"Failed to prepare the statement\n\nCaused by:\n  1: {said}")
+    assert missing_relation(error) == missing

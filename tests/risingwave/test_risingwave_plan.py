@@ -40,6 +40,7 @@ LAKE_SINK = "sink_training_watch"
 # One domain from its topic to its sink, because every relation of the server takes seconds to make.
 KEPT = (
     "models/groups.yml", "models/engagement/groups.yml", "models/generated/events/raw_view_events",
+    "models/generated/events/sources",
     "models/generated/events/view_events", "models/engagement/view_events",
     "models/engagement/viewer_watch_metrics_1d", "models/engagement/viewer_engagement_rolling",
     "models/generated/operations/deployments", "models/generated/operations/erased_subjects",
