@@ -23,7 +23,7 @@ def missing_relation(error: psycopg.Error) -> str | None:
     """Return what an engine reports as missing; None if the error has another cause."""
     if isinstance(error, psycopg.errors.UndefinedTable):
         return error.diag.message_primary
-    # RisingWave has one error code for everything that its binder cannot resolve; a statement that writes needs a table.
+    # RisingWave has one error code for everything that its binder cannot resolve. What a write needs is a table.
     found = re.search(r"\btable( or source)? not found: \S+", str(error))
     return found.group(0) if found else None
 
