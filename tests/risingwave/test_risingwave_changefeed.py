@@ -225,6 +225,9 @@ def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None
 def test_a_token_that_is_too_old_leaves_no_stale_item(world: World) -> None:
     now = datetime.now(UTC)
     world.watch({1: 10, 40: 20}, now)
+    process = world.prefs("publish", "--json")
+    _, told = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, told
     alien = {"viewer_id": {"N": "41"}, "domain_key": {"S": "engagement#watch"}, "last_event_at": {"N": "1"}}
     world.client.put_item(TableName=world.table, Item=alien)
     for key in load_contract(PROJECT).domains:
