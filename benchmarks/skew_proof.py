@@ -113,6 +113,19 @@ def known_ids(platform: Platform, registry: Registry, entity: str) -> list[Id]:
     return sorted(id_ for id_ in found if not table.key_text(id_).startswith(("-", "canary:")))
 
 
+def wait_for_history(platform: Platform) -> None:
+    """Wait until the views have ids, and their number no longer grows. Raises SystemExit if that takes too long."""
+    entity, before = next(iter(platform.registry.contract.tables)), 0
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        found = len(known_ids(platform, platform.registry, entity))
+        if found >= GROUP and found == before:
+            return
+        before = found
+        time.sleep(5)
+    raise SystemExit(f"the views have {before} ids of {entity} after {PATIENCE_SECONDS:g} s")
+
+
 class Reading:
     """Reads of one client from some threads, until so many profiles are read."""
 
@@ -243,6 +256,8 @@ def main() -> int:
             stack.enter_context(running("follow"))
         elif settings.follows:
             stack.enter_context(running("publish", "--follow"))
+        if streaming:
+            wait_for_history(platform)
         began = datetime.now(UTC)
         with running(
             "simulate", "--follow", "--rate", str(given.rate), "--events", str(given.history), *shape
