@@ -269,6 +269,9 @@ def added(project: Path, scaffold: Callable[[Scaffolding], Scaffold]) -> set[str
     scaffolding = Scaffolding(project)
     done = scaffolding.add(scaffold(scaffolding), generate)
     assert all(step for step in done.next_steps)
+    # Whoever types `prefs add` is next to the dbt project, from where each named file can be opened.
+    named = [name for step in done.next_steps for name in re.findall(r"\S+\.(?:sql|yml)", step)]
+    assert all((project.parent / name).is_file() for name in named), named
     check_current(project)
     return {name for name in done.changes.files if "generated/" not in name and name not in WRITTEN}
 

@@ -181,11 +181,17 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, default=str, indent=2).replace("\x7f", "\\u007f"))
 
 
-def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Group:
-    """Render a small table that cuts nothing off, however narrow the screen."""
+def table_of(
+    title: str, columns: list[str], rows: list[tuple[Any, ...]], *, whole_names: bool = False
+) -> Group:
+    """Render a small table that cuts nothing off, however narrow the screen.
+
+    With `whole_names` the first column is not folded, so that its names can be searched for and copied.
+    """
     table = Table(show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    longest = max((len(_cell(row[0])) for row in rows), default=0)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", min_width=longest if whole_names and number == 0 else None)
     for row in rows:
         table.add_row(*map(_cell, row))
     # rich would wrap the table's own title at the table's width.

@@ -276,7 +276,7 @@ def training_set_compare(training_set_: str, entity: str | None, as_json: bool) 
         for one in found.attributes
     ]
     heads = ["attribute", "level", "PSI", "KS", "missing", "5 %", "median", "95 %"]
-    console.print(table_of(f"{training_set_} → served", heads, rows))
+    console.print(table_of(f"{training_set_} → served", heads, rows, whole_names=True))
     for name in found.missing:
         console.print(f"{name} is served and not in the set")
     return EXIT_CODES[level]

@@ -30,7 +30,8 @@ from dagster_prefs.files import make_private_folder
 from dagster_prefs.redaction import redact_options
 
 _END_SECONDS = 10.0
-_OFFLINE = ("--no-introspect", "--no-populate-cache")
+# The tests of the selected models would be compiled too, which takes twice as long as the models.
+_OFFLINE = ("--no-introspect", "--no-populate-cache", "--indirect-selection", "empty")
 
 
 class DbtError(PrefsError):

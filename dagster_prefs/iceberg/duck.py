@@ -18,6 +18,8 @@ from dagster_prefs.iceberg.catalog import OfflineError, StorageFull
 # suffices for 4.
 SORTING = ("128MB", 2)
 JOINING = ("1GB", 4)
+# Up to this size rows are sorted without a session.
+SMALL_BYTES = 8 * 1024 * 1024
 
 
 def quoted(name: str) -> str:
@@ -92,12 +94,18 @@ def sort_batches(
     Raises what reading `batches` raises, StorageFull, or another OfflineError.
     """
     source = iter(batches)
-    ahead = list(itertools.islice(source, 2))
-    if len(ahead) < 2 and all(batch.num_rows <= rows for batch in ahead):
+    ahead: list[pa.RecordBatch] = []
+    held = size = 0
+    for batch in source:
+        ahead.append(batch)
+        held, size = held + batch.num_rows, size + batch.nbytes
+        if held > rows or size > SMALL_BYTES:
+            break
+    else:
         # Opening a session takes several times as long as sorting the rows of a small day.
-        for batch in ahead:
-            if batch.num_rows:
-                yield batch.sort_by([(name, "ascending") for name in key]).cast(schema)
+        if held:
+            small = pa.Table.from_batches(ahead).sort_by([(name, "ascending") for name in key])
+            yield from small.combine_chunks().cast(schema).to_batches()
         return
     batches = itertools.chain(ahead, source)
     with duck_session(*SORTING) as session, registered(session, "unsorted", schema, batches):

@@ -64,6 +64,8 @@ class Scaffolding:
 
     def __init__(self, project: Path) -> None:
         self.folder = project
+        # Commands are typed next to the dbt project's folder, so next steps name files from there.
+        self._at = f"{project.absolute().name}/"
         self._registry: Registry = current_registry(project)
         self._project: ProjectYaml = read_project(project)
         self._models = model_paths(self._project.content)[0]
@@ -122,7 +124,7 @@ class Scaffolding:
         return Scaffold(
             {path: _fill("topic.yml", name=name, entity=about.name, keys=_join(keys))},
             (
-                f"edit the fields in {path}, then run `prefs generate`",
+                f"edit the fields in {self._at}{path}, then run `prefs generate`",
                 f"count its events by day: prefs add tile {about.name}_{name}_1d --topic {name}",
             ),
         )
@@ -161,7 +163,8 @@ class Scaffolding:
                 ),
             },
             (
-                f"count what you need in {path}.sql and describe it in {path}.yml, then run `prefs generate`",
+                f"count what you need in {self._at}{path}.sql and describe it in {self._at}{path}.yml, "
+                "then run `prefs generate`",
                 f"serve it: prefs add domain NAME --tile {name}",
             ),
         )
@@ -238,7 +241,8 @@ class Scaffolding:
                 ),
             },
             (
-                f"compute your attributes in {path}.sql and describe them in {path}.yml, then run `prefs generate`",
+                f"compute your attributes in {self._at}{path}.sql and describe them in {self._at}{path}.yml, "
+                "then run `prefs generate`",
                 "deploy and try it: prefs plan, prefs apply, prefs demo",
             ),
         )
@@ -257,7 +261,8 @@ class Scaffolding:
         return Scaffold(
             {file: text, model.file: self._with_column(model, _attribute(name, kind, what).strip())},
             (
-                f"edit its expression in {file} and its description in {model.file}, then run `prefs generate`",
+                f"edit its expression in {self._at}{file} and its description in {self._at}{model.file}, "
+                "then run `prefs generate`",
                 "deploy it: prefs plan, prefs apply",
             ),
         )
