@@ -49,6 +49,8 @@ def test_paths_of_the_repository_exist(document: Path) -> None:
     for path in re.findall(r"`([\w-]+/(?:[\w.-]+/)*(?:[\w.-]*\.[a-zA-Z]+)?)`", text):
         if document.parent.name == "guides" and path.startswith("dbt_project/models/"):
             continue  # of the reader's project: tests/end_to_end/test_wheel.py edits it
+        if path.startswith("logs/"):
+            continue  # of the data folder; a run of dbt by hand leaves a folder of this name in its project
         if any((root / path.split("/")[0]).is_dir() for root in ROOTS):
             assert any((root / path).exists() for root in ROOTS), path
 
