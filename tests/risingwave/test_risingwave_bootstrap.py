@@ -22,8 +22,8 @@ from dagster_prefs.settings import load_settings
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
-# `PREFS_TEST_HISTORY` events measure the rate, e.g. 1000000.
-EVENTS = int(os.environ.get("PREFS_TEST_HISTORY", "3000"))
+# `TEST_HISTORY` events measure the rate, e.g. 1000000.
+EVENTS = int(os.environ.get("TEST_HISTORY", "3000"))
 DAYS = 5
 
 
