@@ -232,18 +232,12 @@ def _encoder(attribute: Attribute) -> _Encode:
     def encode_list(value: Any) -> tuple[dict[str, Any], int]:
         if not isinstance(value, list):
             raise ValueError(f"must be a list, not {type(value).__name__}")
-        elements: list[Mapping[str, Any]]
-        if None not in value:
-            known, size = encode(value)
-            elements = [*known]
-        elif attribute.null_elements:
-            known, size = encode([element for element in value if element is not None])
-            rest = iter(known)
-            elements = [NULL if element is None else next(rest) for element in value]
-            size += len(value) - len(known)
-        else:
+        if None in value and not attribute.null_elements:
             raise ValueError("contains NULL, and the contract has no null_elements for it")
-        return {"L": elements}, 3 + len(value) + size
+        known, size = encode([element for element in value if element is not None])
+        rest, nulls = iter(known), len(value) - len(known)
+        elements = [NULL if element is None else next(rest) for element in value]
+        return {"L": elements}, 3 + len(value) + nulls + size
 
     return encode_list if attribute.is_list else encode_one
 

@@ -148,7 +148,8 @@ class Steps:
 
     def _waiting(self) -> bytes:
         """Return the statement that tells what is deployed, and whether a step may have work."""
-        tables = ("raw_arrivals", "live_changes", "live_due", "live_builds")
+        # A build needs no step of its own: what it has to catch up on arrives, or is due.
+        tables = ("raw_arrivals", "live_changes", "live_due")
         return (
             sql.SQL("select {}, {} or exists (select from ({}) as p where due and relation = any(%s))")
             .format(
@@ -163,7 +164,7 @@ class Steps:
 
     def _is_idle(self) -> bool:
         """Return whether nothing waits for a step, by one statement instead of a dozen."""
-        if self._views is None or self._deployed is None or self._deployed[1]:
+        if self._views is None or self._deployed is None:
             return False
         try:
             ((deployed, waiting),) = self.connection.execute(

@@ -8,7 +8,7 @@ twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import TopologicalSorter
@@ -171,9 +171,12 @@ class LiveViews:
         Parameters k0, k1, …: one list of texts per key column. It returns (position of the reader in `readers`, key)
         for every row that was removed, added or changed.
         """
+        return self._rendered(view, self._step)
+
+    def _rendered(self, view: View, make: Callable[[View], sql.Composed]) -> bytes:
+        """Return a view's statement as bytes: psycopg would put the hundreds of parts together at each step."""
         if view.name not in self._statements:
-            # As bytes: psycopg would put the hundreds of parts together at each step.
-            self._statements[view.name] = self._step(view).as_bytes(None)
+            self._statements[view.name] = make(view).as_bytes(None)
         return self._statements[view.name]
 
     def _step(self, view: View) -> sql.Composed:
@@ -280,9 +283,7 @@ class LiveViews:
 
         It returns the keys whose maximum was removed, which `reread` computes again.
         """
-        if view.name not in self._statements:
-            self._statements[view.name] = self._merge(view).as_bytes(None)
-        return self._statements[view.name]
+        return self._rendered(view, self._merge)
 
     def _merge(self, view: View) -> sql.Composed:
         kinds = view.merged
