@@ -20,11 +20,13 @@ import pyarrow as pa
 import pydantic
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import (
+    CommitFailedException,
     CommitStateUnknownException,
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     RESTError,
     ValidationError,
+    ValidationException,
 )
 from pyiceberg.io import PY_IO_IMPL
 from pyiceberg.table import StaticTable, Table
@@ -204,6 +206,24 @@ def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
         if kind == "rest"
         else f"the Glue catalog of {warehouse}"
     )
+
+
+@contextmanager
+def conflicts_named() -> Iterator[None]:
+    """Raise CommitFailedException for every commit inside the block that another writer's commit overtook.
+
+    pyiceberg tells of it in three ways. Sequence numbers count the commits of all branches of a table, but it only
+    checks for conflicts within one branch, and raises ValueError for a snapshot that a commit to another branch
+    overtook; and where the files to replace are gone when it tries again, it raises ValidationException.
+    """
+    try:
+        yield
+    except ValidationException as error:
+        raise CommitFailedException(str(error)) from error
+    except ValueError as error:
+        if "sequence number" not in str(error):
+            raise
+        raise CommitFailedException(str(error)) from error
 
 
 @contextmanager

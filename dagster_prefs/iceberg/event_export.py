@@ -33,7 +33,7 @@ from pyiceberg.table import Table
 from dagster_prefs.declarations.names import REDACTED
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, total_findings
-from dagster_prefs.iceberg.catalog import OfflineError, translated
+from dagster_prefs.iceberg.catalog import OfflineError, conflicts_named, translated
 from dagster_prefs.iceberg.duck import SORTING, duck_session, quoted, registered
 from dagster_prefs.iceberg.event_reader import complete_until_of
 from dagster_prefs.iceberg.event_source import (
@@ -521,11 +521,20 @@ def _note_complete(table: Table, until: datetime) -> None:
 
 
 def _remove_before(table: Table, first: date) -> None:
+    """Remove the hours before a day. Raises ExportConflict if other writers keep committing."""
     old = LessThan(term=DAY, value=first.isoformat())
-    if live_files(table, old):
-        with table.transaction() as change:
+    for _ in range(ATTEMPTS):
+        table.refresh()
+        if not live_files(table, old):
+            return
+        with suppress(CommitFailedException), conflicts_named(), table.transaction() as change:
             change.delete(old, snapshot_properties={"prefs.operation": "retention"})
             change.set_properties({COMPLETE_FROM: first.isoformat()})
+    if live_files(table, old):
+        raise ExportConflict(
+            f"{'.'.join(table.name())} was changed by others {ATTEMPTS} times while its hours before {first} were "
+            "removed: find out which exports or maintenance run, and run it again"
+        )
 
 
 def _first_kept(now: datetime, kept: timedelta | None) -> date | None:

@@ -24,7 +24,7 @@ from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
 from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, audit_days
-from dagster_prefs.iceberg.catalog import CatalogUnavailable
+from dagster_prefs.iceberg.catalog import CatalogUnavailable, conflicts_named
 from dagster_prefs.iceberg.files import LiveFile, check_writable, file_name, parts_of, tile_files
 from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
 
@@ -301,9 +301,12 @@ def _give_up(table: Table, done: Publication, changes: Iterable[DayChange]) -> N
 
 
 def ensure_head(table: Table) -> Snapshot:
-    """Return the table's current snapshot; creates an empty one if there is none, to start branches at."""
+    """Return the table's current snapshot; creates an empty one if there is none, to start branches at.
+
+    Raises CommitFailedException if another writer's commit came first.
+    """
     if table.current_snapshot() is None:
-        with table.transaction() as transaction:
+        with conflicts_named(), table.transaction() as transaction:
             transaction.update_snapshot().fast_append().commit()
     head = table.current_snapshot()
     if head is None:
@@ -342,14 +345,8 @@ def _stage(
         for file in change.written.files:
             snapshot.append_data_file(file)
     snapshot.commit()
-    try:
+    with conflicts_named():
         transaction.commit_transaction()
-    except ValueError as error:
-        # Sequence numbers count the commits of all branches, but pyiceberg only retries conflicts within one
-        # branch.
-        if "sequence number" not in str(error):
-            raise
-        raise CommitFailedException(str(error)) from error
     staged = table.snapshot_by_name(branch)
     if staged is None:
         raise CatalogUnavailable(f"the catalog lost the branch {branch}: run the export again, which is safe")

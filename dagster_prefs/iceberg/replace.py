@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyiceberg.exceptions import CommitFailedException, ValidationException
+from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.io.pyarrow import parquet_file_to_data_file
 from pyiceberg.table import Table
 
-from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.catalog import OfflineError, conflicts_named
 from dagster_prefs.iceberg.files import live_files
 from dagster_prefs.iceberg.tables import KIND, PARQUET, arrow_schema
 
@@ -40,7 +40,7 @@ def replace_all(
                 writer.write_batch(batch.cast(schema))
         file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
         try:
-            with table.transaction() as transaction:
+            with conflicts_named(), table.transaction() as transaction:
                 transaction.set_properties({KIND: kind})
                 with transaction.update_snapshot(
                     snapshot_properties=dict(properties)
@@ -49,7 +49,7 @@ def replace_all(
                         snapshot.delete_data_file(held.data)
                     snapshot.append_data_file(file)
             published = True
-        except (CommitFailedException, ValidationException) as error:
+        except CommitFailedException as error:
             raise ChangedMeanwhile(
                 f"the table {'.'.join(table.name())} was changed by another writer: run it again"
             ) from error

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from built_state import BuiltState
 from oracle import HOUR, SECOND, Erasure, Message, Oracle, micros
+from pyiceberg.table import Table, Transaction
 from relations import differences, insert_canary_keys, insert_events, instant, refresh
 from shipped import REGISTRY
 from streams import NOW
@@ -411,7 +412,21 @@ def test_days_before_the_kept_ones_leave_the_lake(lake: Lake, monkeypatch: pytes
     export = platform.event_exports()[VIEWS]
     # Of the three hours one is of the last day.
     now = instant(NOW) + timedelta(days=1)
-    export.run(now)
+    # Another exporter removes the same hours while this one does.
+    real, others = Transaction.commit_transaction, [1]
+
+    def overtaken(transaction: Transaction) -> Table:
+        if others and transaction._snapshot_producers:
+            others.pop()
+            with monkeypatch.context() as patch:
+                patch.setattr(Transaction, "commit_transaction", real)
+                platform.event_exports()[VIEWS].run(now)
+        return real(transaction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transaction, "commit_transaction", overtaken)
+        export.run(now)
+    assert not others
     first = (now - timedelta(days=1)).date()
     kept = [message for message in stream() if instant(message.arrived_at).date() >= first]
     assert 0 < len(raw_of(kept)) < len(raw_of(stream()))

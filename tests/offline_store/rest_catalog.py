@@ -21,6 +21,8 @@ from pyiceberg.exceptions import (
 )
 from pyiceberg.table import CommitTableRequest
 
+from dagster_prefs.iceberg.catalog import conflicts_named
+
 STATUS = {
     NoSuchNamespaceError: 404,
     NoSuchTableError: 404,
@@ -131,13 +133,9 @@ def rest_server(catalog: Catalog, credential: str) -> Iterator[RestServer]:
                 case ("POST", "namespaces", namespace, "tables", name):
                     commit = CommitTableRequest.model_validate_json(body)
                     table = catalog.load_table((namespace, name))
-                    try:
+                    # Iceberg's own server tells who was overtaken by another branch to try again.
+                    with conflicts_named():
                         catalog.commit_table(table, commit.requirements, commit.updates)
-                    except ValueError as error:
-                        # Iceberg's own server tells who was overtaken by another branch to try again.
-                        if "sequence number" not in str(error):
-                            raise
-                        raise CommitFailedException(str(error)) from error
                     return 200, self._table((namespace, name))
             return 400, {"error": {"message": f"{self.command} {path}", "type": "BadRequest", "code": 400}}
 

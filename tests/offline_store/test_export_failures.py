@@ -321,6 +321,40 @@ def test_processes_that_export_the_same_days_from_nothing(tiles: Tiles, warehous
     assert table_rows(catalog, WATCH) == sorted(rows)
 
 
+def test_a_first_commit_that_others_overtake_twice(
+    tiles: Tiles, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One makes the table's first commit instead, and then another writes to a branch."""
+    tiles.add(WATCH, OLD)
+    ensure_table(catalog, "training", WATCH)
+    real = SqlCatalog.commit_table
+
+    def makes_the_first() -> None:
+        publish.ensure_head(catalog.load_table(("training", WATCH.name)))
+
+    def writes_to_a_branch() -> None:
+        table = catalog.load_table(("training", WATCH.name))
+        head = table.current_snapshot()
+        assert head is not None
+        table.manage_snapshots().create_branch(head.snapshot_id, "other").commit()
+        with table.transaction() as transaction:
+            transaction.update_snapshot(branch="other").fast_append().commit()
+
+    others = [makes_the_first, writes_to_a_branch]
+
+    def overtaken(self: SqlCatalog, *args: Any, **kwargs: Any) -> Any:
+        if others:
+            with monkeypatch.context() as patch:
+                patch.setattr(SqlCatalog, "commit_table", real)
+                others.pop(0)()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SqlCatalog, "commit_table", overtaken)
+    assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
+    assert not others
+    assert table_rows(catalog, WATCH) == OLD
+
+
 def test_an_export_of_another_day_in_between_is_kept(
     exported: Tiles, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
