@@ -242,6 +242,7 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     # Parsing macros is half of what parsing a project costs, and their text is mostly the same for every test: dbt
     # keeps what it has parsed by its text, as for tests of its own.
     enable_test_caching()
+    _of_tests("lighter_dbt").lighten_dbt()
 
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dagster_prefs.declarations.read import (
+    FAST_LOADER,
     GENERATED,
     YAML_SUFFIXES,
     model_paths,
@@ -30,8 +31,6 @@ COMPARED_META = (
     "topic", "tile", "domain", "preference", "keep", "time", "time_include", "contract", "publishes",
     "training_table",
 )  # fmt: skip
-# Equivalent to SafeLoader, and much faster where libyaml is available.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _JINJA = ("{{", "{%")
 
 
@@ -84,7 +83,7 @@ def declared_macro(folder: Path) -> str:
 
 
 def _models(path: Path) -> Iterator[dict[str, Any]]:
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506 - a safe loader
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=FAST_LOADER)  # noqa: S506 - a safe loader
     for model in _map(content).get("models") or []:
         if isinstance(model, dict) and "name" in model:
             yield model

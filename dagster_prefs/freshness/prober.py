@@ -32,7 +32,7 @@ from dagster_prefs.freshness.levels import Measure
 STATE = "canary.json"
 # A canary's age counts as the delay of its domain (`reads[domain].fresh`), so the next one has to be readable before
 # this one is as old as the error threshold. The interval leaves the rest of that time for the next canary to arrive.
-INTERVAL_SHARE = 0.75
+INTERVAL_SHARE = 0.8
 LONGEST_INTERVAL_SECONDS = 60.0
 # A canary that is not readable within this time is read by the next probe.
 PATIENCE_SECONDS = 2.0

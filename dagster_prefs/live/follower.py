@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # How often the follower checks for work without being woken, in seconds.
 POLL_SECONDS = 1.0
+# How often an idle follower writes its sign of life, in seconds. Well below GONE_SECONDS, from which on it is missed.
+SIGN_SECONDS = 3.0
 # While steps have a backlog, publishing starts at most this often, in seconds. Later steps touch the same keys again,
 # and writing an item in between takes longer than the step.
 HELD_SECONDS = 5.0
@@ -248,7 +250,7 @@ class Follower:
                     "seconds": round(report.seconds, 3),
                 },
             )
-        if not report.idle or time.monotonic() >= self._signed_at + POLL_SECONDS / 2:
+        if not report.idle or time.monotonic() >= self._signed_at + SIGN_SECONDS:
             self._sign_of_life(connection)
         self._taken += report.messages
         published = self._published - self._noted_published
@@ -458,6 +460,8 @@ class Follower:
 
     def _solved(self, what: str) -> None:
         if self._problems.pop(what, None):
+            # Nobody shall read of a problem that is solved.
+            self._signed_at = -math.inf
             self.say(f"{what}: works again")
             log.info("%s: works again", what, extra={"step": self._last_step})
 

@@ -123,7 +123,7 @@ def test_what_keeps_it_from_probing_is_told_until_it_works(
 
 
 def test_the_next_canary_is_readable_before_the_last_one_is_too_old() -> None:
-    assert interval_seconds(THRESHOLDS) == 3.75 < THRESHOLDS.error_seconds - 1
+    assert interval_seconds(THRESHOLDS) == 4 <= THRESHOLDS.error_seconds - 1
     assert interval_seconds(Freshness(1, 1)) == 1
     assert interval_seconds(Freshness(600, 900)) == 60
 
