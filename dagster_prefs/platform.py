@@ -100,7 +100,7 @@ class Platform:
             declared=settings.registry,
             kafka=lambda: self.kafka,
             connect=self.dynamodb,
-            catalog=self.catalog,
+            catalog=self._tables_to_read,
             table_prefix=settings.table_prefix,
             namespace=settings.iceberg_namespace,
             export_start=settings.export_start_date,

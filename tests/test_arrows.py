@@ -115,6 +115,12 @@ MOST_PARAMETERS = 7
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports() -> list[tuple[str, str, str]]:
     """(place, imported module, file and line) of every import, lazy ones and those for types included."""
     found = []
@@ -123,7 +129,7 @@ def imports() -> list[tuple[str, str, str]]:
         place = inside.parts[0].removesuffix(".py")
         if place == "__init__":
             continue
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         typing_only = {
             id(child)
             for node in ast.walk(tree)
@@ -208,7 +214,7 @@ def test_no_signature_has_more_than_seven_parameters() -> None:
     """What travels together is one value. click passes a command each of its options by name: those are left out."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             if any(ast.unparse(one).startswith("click.option") for one in node.decorator_list):
@@ -227,7 +233,7 @@ def test_no_module_changes_this_process_environment() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         inside = path.relative_to(PACKAGE).as_posix()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             match node:
                 case ast.Attribute(value=ast.Attribute(attr="environ") | ast.Name(id="os" | "environ")):
                     changed = node.attr in changing

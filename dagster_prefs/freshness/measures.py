@@ -29,10 +29,9 @@ from dagster_prefs.freshness.views import Typed, ViewLag, view_lag, watched_rela
 from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
-    from pyiceberg.catalog import Catalog
-
     from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.ingestion import IngestionLag, State
+    from dagster_prefs.iceberg.catalog import Tables
 
 # A lease holder that has not renewed for this many lease periods counts as dead.
 INACTIVE_PROMISES = 3
@@ -290,7 +289,7 @@ def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> s
 def measure_offline(
     engine: EngineConfiguration,
     registry: Registry,
-    connect: Callable[[], Catalog],
+    connect: Callable[[], Tables],
     *,
     namespace: str,
     start: date,

@@ -12,7 +12,7 @@ from dagster_prefs.iceberg.export import exported_days, foreign_days, stale_days
 from dagster_prefs.iceberg.tables import TileTable
 
 if TYPE_CHECKING:
-    from pyiceberg.catalog import Catalog
+    from dagster_prefs.iceberg.catalog import Tables
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OfflineLag:
 
 def offline_lag(
     engine: EngineConfiguration,
-    catalog: Catalog,
+    catalog: Tables,
     spec: TileTable,
     *,
     namespace: str,

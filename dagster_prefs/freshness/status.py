@@ -31,10 +31,10 @@ from dagster_prefs.freshness.online import find_tables
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
-    from pyiceberg.catalog import Catalog
 
     from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.exports_memo import ExportsMemo
+    from dagster_prefs.iceberg.catalog import Tables
 
 EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "catching up": 0, "warn": 1, "error": 2, "unknown": 2}
 
@@ -73,7 +73,7 @@ class Sources:
     declared: Callable[[], Registry]
     kafka: Callable[[], KafkaSource]
     connect: Callable[[], DynamoDBClient]
-    catalog: Callable[[], Catalog]
+    catalog: Callable[[], Tables]
     table_prefix: str
     namespace: str
     export_start: date

@@ -140,7 +140,7 @@ def ensure_namespace(
 class Tables(Protocol):
     """What loads tables by their names: any catalog, or `LocalTables`."""
 
-    def load_table(self, identifier: str, /) -> Table:
+    def load_table(self, identifier: str | tuple[str, ...], /) -> Table:
         """Load a table. Raises NoSuchTableError."""
         ...
 
@@ -151,13 +151,13 @@ class LocalTables:
     def __init__(self, catalog: Path) -> None:
         self.catalog = catalog
 
-    def load_table(self, identifier: str, /) -> Table:
+    def load_table(self, identifier: str | tuple[str, ...], /) -> Table:
         """Load `namespace.name` as it is now. Raises NoSuchTableError, CatalogUnavailable or CatalogCorrupted."""
-        namespace, _, name = identifier.rpartition(".")
+        namespace, _, name = ".".join(Catalog.identifier_to_tuple(identifier)).rpartition(".")
         with translated(f"the Iceberg catalog {self.catalog}"):
             location = catalog_tables(self.catalog, namespace).get(name)
         if location is None:
-            raise NoSuchTableError(f"Table does not exist: {identifier}")
+            raise NoSuchTableError(f"Table does not exist: {namespace}.{name}")
         return StaticTable.from_metadata(location, {PY_IO_IMPL: CHECKED_FILE_IO})
 
 

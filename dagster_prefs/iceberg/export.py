@@ -35,7 +35,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.iceberg.catalog import OfflineError, translated
+from dagster_prefs.iceberg.catalog import OfflineError, Tables, translated
 from dagster_prefs.iceberg.files import (
     UNTOUCHED,
     Foreign,
@@ -296,7 +296,7 @@ class ExportedDay:
 
 
 def exported_days(
-    catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
+    catalog: Tables, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
 ) -> dict[date, ExportedDay]:
     """Return every day that the table holds or another writer removed; empty if the table does not exist.
 
