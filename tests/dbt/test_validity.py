@@ -29,7 +29,7 @@ def judged_by_oracle(topic: str, body: bytes) -> str | None:
     return parse(Message(topic, "file:a#1", 0, 1, body, None, NOW)).reason
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=400)
 @given(st.sampled_from(TOPICS).flatmap(lambda topic: st.tuples(st.just(topic), bodies(topic))))
 def test_reason_is_the_oracles(topics: Mapping[str, Topic], drawn: tuple[str, bytes]) -> None:
     topic, body = drawn

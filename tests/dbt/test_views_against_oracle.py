@@ -66,7 +66,7 @@ def books_balance(connection: psycopg.Connection, oracle: Oracle) -> None:
         assert row[0] == row[1] + row[2] + oracle.duplicates[topic] + oracle.suppressed[topic]
 
 
-@quick
+@settings(quick, max_examples=40)
 @given(stream=messages())
 def test_random_streams(session: psycopg.Connection, order: list[str], stream: list[Message]) -> None:
     replace_events(session, stream)

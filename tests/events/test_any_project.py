@@ -178,7 +178,7 @@ def lessons(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["text", "bigint", "uuid"])
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 @given(document=lessons())
 def test_a_message_is_judged_by_what_the_project_declares(
     courses: Registry, kind: KeyType, document: dict[str, Any]
