@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -270,8 +271,12 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(live_steps, name, 3)
 
 
+# `TEST_SEQUENCES=600` takes some minutes.
+SEQUENCES = int(os.environ.get("TEST_SEQUENCES", "10"))
+
+
 @pytest.mark.usefixtures("small_steps")
-@settings(quick, max_examples=10, phases=[Phase.explicit, Phase.generate])
+@settings(quick, max_examples=SEQUENCES, phases=[Phase.explicit, Phase.generate])
 @given(happened=happenings())
 def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, object]]) -> None:
     world = World(steps)
