@@ -782,19 +782,16 @@ class Platform:
     ) -> list[str]:
         """Rebuild a view, or all (`all`), with all that it is made from, and return their names.
 
-        With `from_lake` the raw messages that have left the embedded engine are stored again first, each at its place
-        and with its time of arrival, so that the same deliveries win. The views that serve are changed by the
-        difference alone, when it is known; what arrives meanwhile is neither missed nor counted twice. Safe to repeat
-        after any failure. Raises PrefsError for an unknown view and on RisingWave, OfflineError, and what `refresh`
-        raises.
+        With `from_lake` the raw messages that have left the engine are stored again first, each at its place and with
+        its time of arrival, so that the same deliveries win. The views serve meanwhile; what arrives meanwhile is
+        neither missed nor counted twice. The embedded engine changes them by the difference alone, when it is known;
+        RisingWave builds others and swaps them, with all that reads them. Safe to repeat after any failure. Raises
+        PrefsError for an unknown view, OfflineError, and what `refresh` raises, or on RisingWave `apply`.
         """
         from dagster_prefs.live.rebuild import mark_rebuilt, plan_rebuild
 
-        if self.engine.kind != "local":
-            raise PrefsError(
-                "`prefs rebuild` is for the embedded engine: on RisingWave `prefs apply` rebuilds what changed, from "
-                "the messages that RisingWave still has"
-            )
+        if self.engine.kind == "risingwave":
+            return self._rebuild_streaming(target, from_lake, say)
         with self.engine.connect() as connection:
             plan = plan_rebuild(connection, self.engine, self.registry, target)
         if from_lake:
@@ -809,8 +806,44 @@ class Platform:
         say(self.refresh(say))
         return list(plan.views)
 
-    def _restore(self, topic: TopicDeclaration) -> int:
-        """Store the messages of a topic again that only the lake holds, and return their number."""
+    def _rebuild_streaming(self, target: str, from_lake: bool, say: Callable[[str], None]) -> list[str]:
+        from dagster_prefs.deploy.apply import apply_plan
+        from dagster_prefs.deploy.rebuild import Rebuild, Successor, deletes_by_age, views_behind
+
+        views = views_behind(self.dbt.manifest(), self.registry, target)
+        topics = [topic for topic in self.registry.topics.values() if topic.parsed in views]
+        with self.engine.connect() as connection:
+            forgetful = [topic for topic in topics if deletes_by_age(connection, self.engine, topic.raw)]
+        successors: list[Successor] = []
+        for topic in topics if from_lake else ():
+            if topic in forgetful:
+                successors.append(Successor(topic, partial(self._restore, topic)))
+            else:
+                say(f"{topic.name}: {self._restore(topic):,} messages restored from the lake")
+        if not from_lake and forgetful:
+            names = [topic.parsed for topic in forgetful]
+            views = [view for view in views if view not in names]
+            say(
+                f"{', '.join(names)}: stays as it is, because RisingWave deletes its messages by age: with --from-lake "
+                "they are restored first"
+            )
+        models = frozenset((*views, *(one.topic.raw for one in successors)))
+        if views:
+            apply_plan(
+                self.engine,
+                self.dbt,
+                partial(review_contract, self.contract),
+                ProfileStore(self),
+                on_step=say,
+                rebuild=Rebuild(models, tuple(successors)),
+            )
+        return views
+
+    def _restore(self, topic: TopicDeclaration, relation: str = "") -> int:
+        """Store the messages of a topic that the lake holds in a relation, by default its raw table.
+
+        Returns how many are new there; on RisingWave, which does not tell, how many the lake holds.
+        """
         from dagster_prefs.events.raw import RawStore, StoredMessage
         from dagster_prefs.iceberg.event_reader import all_events
         from dagster_prefs.iceberg.event_tables import event_tables
@@ -824,7 +857,7 @@ class Platform:
                 columns = (column.to_pylist() for column in batch.columns)
                 rows = [StoredMessage(*row) for row in zip(*columns, strict=True)]
                 for start in range(0, len(rows), RESTORED_AT_ONCE):
-                    restored += store.restore(topic, rows[start : start + RESTORED_AT_ONCE])
+                    restored += store.restore(topic, rows[start : start + RESTORED_AT_ONCE], relation)
         return restored
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:

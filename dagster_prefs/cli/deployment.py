@@ -70,8 +70,8 @@ def refresh() -> None:
 def rebuild(view: str, from_lake: bool) -> None:
     """Compute VIEW, or `all`, again from all messages.
 
-    Everything that it is made from is computed again too. For the embedded engine. The old rows serve until the new
-    ones are known. Safe to run again after any failure.
+    Everything that it is made from is computed again too. The old rows serve until the new ones are known. Safe to run
+    again after any failure.
     """
     from dagster_prefs.platform import Platform
 

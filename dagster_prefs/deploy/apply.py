@@ -29,6 +29,7 @@ from dagster_prefs.deploy.plan import (
     make_plan,
     read_records,
 )
+from dagster_prefs.deploy.rebuild import NO_REBUILD, Rebuild, Successor, bridge, bridge_of, count_missing
 from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -86,12 +87,14 @@ def apply_plan(
     *,
     drop_orphans: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
+    rebuild: Rebuild = NO_REBUILD,
 ) -> Plan:
     """Change the engine to match the models, and return the plan that was applied.
 
-    Finishes or reverts first what an interrupted apply left. Calls `on_step` before each step; an error that
-    it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call continues
-    where this one ended, and changes nothing if nothing differs.
+    On RisingWave the models of `rebuild` are made again, with all that reads them. Finishes or reverts first what an
+    interrupted apply left. Calls `on_step` before each step; an error that it raises stops the apply there, as a crash
+    would. Safe to repeat at any time: the next call continues where this one ended, and changes nothing if nothing
+    differs.
 
     Raises PlanError, before any change, when the plan must not be applied or another apply runs from the same
     state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
@@ -115,8 +118,8 @@ def apply_plan(
     try:
         with engine.connect() as connection:
             require_version(connection, engine, dbt)
-            return _Apply(connection, engine, dbt, online, told).run(
-                partial(make_plan, engine, dbt, review, drop_orphans=drop_orphans)
+            return _Apply(connection, engine, dbt, online, told, rebuild).run(
+                partial(make_plan, engine, dbt, review, drop_orphans=drop_orphans, anew=rebuild.models)
             )
     except psycopg.Error as error:
         raise ApplyError(
@@ -137,12 +140,14 @@ class _Apply:
         dbt: Dbt,
         online: OnlineStore,
         on_step: Callable[[str], None],
+        rebuild: Rebuild,
     ) -> None:
         self.connection = connection
         self.engine = engine
         self.dbt = dbt
         self.online = online
         self.on_step = on_step
+        self.rebuild = rebuild
         self.streaming = engine.kind == "risingwave"
 
     def run(self, plan_now: Callable[[], Plan]) -> Plan:
@@ -153,6 +158,16 @@ class _Apply:
         plan = plan_now()
         if plan.refusals:
             raise PlanError("; ".join(plan.refusals))
+        other = [
+            relation.name
+            for relation in plan.of("create", "changed")
+            if relation.how != "kept" and relation.name not in plan.closure
+        ]
+        if self.rebuild.models and other:
+            raise PlanError(
+                f"{', '.join(other)} differs from the models too, and a rebuild changes nothing else: run `prefs "
+                "apply` first"
+            )
         for journal in self._journals():
             if journal.id != plan.id:
                 self._abandon(journal)
@@ -198,7 +213,9 @@ class _Apply:
             if relation.add_columns or relation.how == "kept":
                 self._record(plan, relation.name)
         kept = {relation.name for relation in plan.of("changed") if relation.how == "kept"}
-        shadows = {name: journal.shadow(name) for name in plan.closure}
+        # A feed replaces itself, when its raw table has been swapped.
+        shadows = {name: journal.shadow(name) for name in plan.closure if models[name].kind != FEED_KIND}
+        raw = [name for name in shadows if models[name].holds_data]
         sinks = [name for name in plan.closure if models[name].kind in _WRITERS]
         if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.reconcile:
             self.on_step("prepare the online store")
@@ -211,12 +228,16 @@ class _Apply:
         ]
         if shadows:
             self._drop_unrecorded(journal)
-        first = [*in_place, *(name for name in plan.closure if name not in sinks)]
+        for name in raw:
+            self._succeed(journal, name, shadows)
+        first = [*in_place, *(name for name in shadows if name not in sinks and name not in raw)]
         if not self.streaming and plan.of("changed"):
             self._announce(plan)
         if first:
             self.on_step(f"build {', '.join(first)}")
             self._build(first, shadows)
+        for name in raw:
+            self._refuse_missing(journal, name)
         if shadows:
             try:
                 if into_lake := [name for name in sinks if models[name].training_table]:
@@ -254,7 +275,7 @@ class _Apply:
     def _go_live(self, journal: _Journal) -> None:
         """Run every step from the first swap to the last drop; each first checks whether it is done."""
         for name, kind in journal.closure:
-            if kind not in _WRITERS:
+            if kind not in (*_WRITERS, FEED_KIND):
                 self._take_over(journal, name, drop=False)
         # Only for sinks: a new subscription has written nothing yet, and the live one still reads the view
         # that was swapped away.
@@ -268,6 +289,7 @@ class _Apply:
         # Reconciles the items that the old sinks wrote until they were dropped.
         self._reconcile(journal)
         self._drop_orphans(journal)
+        self._feed_successors(journal)
         for name, _ in reversed(journal.closure):
             self._drop(journal.shadow(name), "the old relation")
         self._promote_indexes(journal)
@@ -290,6 +312,74 @@ class _Apply:
         else:
             self.on_step(f"name the new {name}")
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
+
+    def _succeed(self, journal: _Journal, raw: str, shadows: dict[str, str]) -> None:
+        """Build the successor of a raw table, with all messages of the lake and of the old one; it follows this."""
+        successor = self._successor(raw)
+        self.on_step(f"build the successor of {raw}")
+        self._build([raw], shadows)
+        # The lake first: of a message that an erasure redacted there, the old table may still have the bytes.
+        self._restore(successor, shadows[raw])
+        self._execute_composed(
+            bridge(self.engine, raw, shadows[raw], journal.shadow(bridge_of(raw))),
+        )
+        self._wait_until_created(journal)
+        parsed = successor.topic.parsed
+        if parsed in self._catalog().objects and self._missing(successor, shadows[raw]):
+            # What was exported and deleted between the two.
+            self._restore(successor, shadows[raw])
+            self._refuse_lost(self._missing(successor, shadows[raw]), raw)
+
+    def _successor(self, raw: str) -> Successor:
+        found = self.rebuild.successor(raw)
+        if found is None:
+            raise ApplyError(f"{raw} has no messages elsewhere: run `prefs rebuild` with --from-lake")
+        return found
+
+    def _restore(self, successor: Successor, relation: str) -> None:
+        self.on_step(f"restore the messages of {successor.topic.name} from the lake")
+        messages = successor.restore(relation)
+        self._execute("flush")
+        self.on_step(f"{successor.topic.name}: {messages:,} messages read from the lake")
+
+    def _missing(self, successor: Successor, relation: str) -> int:
+        return count_missing(self.connection, self.engine, successor.topic.parsed, relation)
+
+    def _refuse_missing(self, journal: _Journal, raw: str) -> None:
+        """Refuse views that lack messages, because the successor deleted them before they were read."""
+        successor = self._successor(raw)
+        parsed, there = successor.topic.parsed, self._catalog().objects
+        self._wait_until_created(journal)
+        if parsed in there and journal.shadow(parsed) in there:
+            self._refuse_lost(self._missing(successor, journal.shadow(parsed)), raw)
+
+    def _refuse_lost(self, missing: int, raw: str) -> None:
+        if missing:
+            raise ApplyError(
+                f"{missing:,} messages that the views have counted are neither in the lake nor in {raw} any more, so "
+                "that views made again would lack them. What ran before still serves: run `prefs export events` more "
+                "often than PREFS_RAW_RETENTION_SECONDS, and keep that longer than a rebuild takes; `prefs apply` "
+                "removes what this rebuild has built"
+            )
+
+    def _feed_successors(self, journal: _Journal) -> None:
+        """Have the feeds write into the raw tables that were swapped in, and drop the sinks that led into these."""
+        raw = [name for name, kind in journal.closure if kind == "table_with_connector"]
+        feeds = [name for name, kind in journal.closure if kind == FEED_KIND]
+        if raw and feeds:
+            self.on_step(f"make {', '.join(feeds)} again")
+            failed = [
+                result for result in self.dbt.run("run", feeds, arguments=["--full-refresh"]) if not result.ok
+            ]
+            if failed:
+                raise ApplyError(
+                    f"{'; '.join(f'{one.name}: {one.message}' for one in failed)}. The new views serve, and get what "
+                    "arrives over the old feed: correct the cause, then run `prefs apply` again"
+                )
+        for name in raw:
+            # What has not passed yet passes before the sink is dropped.
+            self._execute("flush")
+            self._drop(journal.shadow(bridge_of(name)), "the sink from the old raw table")
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
         # Items are overwritten, but rows of a training table are appended: a new sink next to the old one, or after an
@@ -541,4 +631,7 @@ class _Apply:
         return sql.Identifier(self.engine.schema, name)
 
     def _execute(self, statement: str, *parts: sql.Composable, values: Sequence[Any] | None = None) -> None:
-        self.connection.execute(sql.SQL(statement).format(*parts), values)
+        self._execute_composed(sql.SQL(statement).format(*parts), values)
+
+    def _execute_composed(self, statement: sql.Composed, values: Sequence[Any] | None = None) -> None:
+        self.connection.execute(statement, values)

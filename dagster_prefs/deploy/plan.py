@@ -62,7 +62,7 @@ class Model:
     """A compiled dbt model.
 
     `kind` is dbt's materialization; `upstream` are the models that it reads; a sink into the lake has a
-    `training_table`.
+    `training_table`. `anew` asks RisingWave to build it again although nothing differs.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Model:
     domain: str | None
     training_table: str | None
     source_checksum: str
+    anew: bool = False
 
     @property
     def checksum(self) -> str:
@@ -273,17 +274,25 @@ def definition_checksum(definition: str, indexes: str) -> str:
 
 
 def make_plan(
-    engine: EngineConfiguration, dbt: Dbt, review: ReviewContract, *, drop_orphans: bool = False
+    engine: EngineConfiguration,
+    dbt: Dbt,
+    review: ReviewContract,
+    *,
+    drop_orphans: bool = False,
+    anew: Collection[str] = (),
 ) -> Plan:
     """Compile the models and compare them with the engine; changes nothing.
 
-    Raises PlanError when `deployments` has an unknown shape; DbtError when a model does not compile;
-    EngineTooOld; EngineUnavailable.
+    RisingWave builds the models `anew` again although nothing differs, with all that reads them. Raises PlanError when
+    `deployments` has an unknown shape; DbtError when a model does not compile; EngineTooOld; EngineUnavailable.
     """
     with engine.connect() as connection:
         require_version(connection, engine, dbt)
         manifest = dbt.compiled_manifest()
-        models = compiled_models(manifest, engine.database)
+        models = {
+            name: replace(model, anew=name in anew)
+            for name, model in compiled_models(manifest, engine.database).items()
+        }
         catalog = read_catalog(connection, engine)
         records, fragments = read_records(connection, engine, catalog)
     return compare(
@@ -398,7 +407,8 @@ def compare(
         for name, record in relations_of.items()
         if name not in models
     }
-    for name in closure:
+    # What reads a feed is its own sink, and behind that everything.
+    for name in (name for name in closure if not models[name].replaces_itself):
         foreign: set[str] = set(catalog.readers([name])) - set(models) - set(orphans if drop_orphans else ())
         foreign = {reader for reader in foreign if not SHADOW.search(reader)}
         if foreign:
@@ -489,6 +499,8 @@ def _difference(
             )
         return differs("changed", "in place" if in_place else "rebuild", f"{there.kind} becomes {kind}", diff)
     if record.state == "deployed" and record.checksum == model.checksum:
+        if model.anew:
+            return differs("changed", "swap", "it is made again from all messages")
         return differs("changed", "in place" if in_place else "rebuild", broken) if broken else None
     if record.definition is None:
         # The run was interrupted between building and recording. A table can only be the requested one.
@@ -497,6 +509,8 @@ def _difference(
         how: How = "in place" if in_place else "swap"
         return differs("changed", how, "the run that created it was interrupted")
     if model.holds_data:
+        if model.anew and _same_columns(record.definition, model.sql):
+            return differs("changed", "swap", "it is made again from all messages", diff)
         return _table_difference(model, record.definition, differs, diff)
     if not diff and not broken:
         # The recorded definition lacks credentials, so the checksum of a definition that may contain some
@@ -633,6 +647,11 @@ def added_columns(deployed: str, compiled: str) -> list[str] | None:
         else:
             return None
     return None if before else added
+
+
+def _same_columns(deployed: str, compiled: str) -> bool:
+    """Return whether two `create table` statements differ in the table's options alone."""
+    return list(_table_parts(deployed))[:-1] == list(_table_parts(compiled))[:-1]
 
 
 def _table_parts(statement: str) -> Iterator[str]:

@@ -15,8 +15,10 @@ from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
-# Rows per INSERT, as RisingWave has no COPY. With five parameters each, far below the wire's limit of 65,535.
+# Rows per INSERT, as RisingWave has no COPY. With six parameters each, far below the wire's limit of 65,535.
 ROWS_PER_INSERT = 1000
+# Bytes of messages per INSERT, which the engine holds in memory at once.
+BYTES_PER_INSERT = 8 * 1024 * 1024
 
 AGAIN = "everything accepted so far is kept; run the same command again to complete it"
 
@@ -171,12 +173,15 @@ class RawStore:
                 self._collided = True
                 return self._copy_staged(topic, columns, lines, read)
 
-    def restore(self, topic: TopicDeclaration, messages: Sequence[StoredMessage]) -> int:
-        """Store messages of any sources as they once were stored, times included, on the embedded engine.
+    def restore(self, topic: TopicDeclaration, messages: Sequence[StoredMessage], relation: str = "") -> int:
+        """Store messages of any sources as they once were stored, times included, in the topic's raw table.
 
-        In one transaction. Returns how many are new; one whose place is already stored keeps its first content.
+        One whose place is already stored keeps its first content. Returns how many are new. RisingWave does not tell,
+        so there it is the number of messages; `relation` is there the name of another table of this kind.
         """
         columns = StoredMessage._fields
+        if self.engine.kind == "risingwave":
+            return self._insert_stored(relation or topic.raw, messages)
         with self._translated(topic.raw), self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(
                 sql.SQL(
@@ -197,6 +202,20 @@ class RawStore:
             restored = cursor.rowcount
             self._wait_from_now(cursor, topic, columns)
         return restored
+
+    def _insert_stored(self, relation: str, messages: Sequence[StoredMessage]) -> int:
+        row = sql.SQL("({})").format(sql.SQL(", ").join([sql.Placeholder()] * len(StoredMessage._fields)))
+        with self._translated(relation):
+            for batch in _bounded(messages):
+                self._connection.execute(
+                    sql.SQL("insert into {} ({}) values {}").format(
+                        self._relation(relation),
+                        _names(StoredMessage._fields),
+                        sql.SQL(", ").join([row] * len(batch)),
+                    ),
+                    [value for message in batch for value in message],
+                )
+        return len(messages)
 
     def _copy_staged(
         self, topic: TopicDeclaration, columns: Sequence[str], lines: Sequence[memoryview], read: FileRecord
@@ -473,3 +492,17 @@ def _names(columns: Sequence[str]) -> sql.Composable:
 def _first(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _bounded(messages: Sequence[StoredMessage]) -> Iterator[Sequence[StoredMessage]]:
+    """Yield the messages in parts that one INSERT may have."""
+    start = size = 0
+    for place, message in enumerate(messages):
+        if place > start and (
+            place - start >= ROWS_PER_INSERT or size + len(message.data) > BYTES_PER_INSERT
+        ):
+            yield messages[start:place]
+            start, size = place, 0
+        size += len(message.data)
+    if start < len(messages):
+        yield messages[start:]

@@ -46,7 +46,7 @@
       "models/generated/operations/erased_subjects.sql": "93939da65622eb354e67a27ce1ad4591",
       "models/generated/operations/event_exports.sql": "4b19fee519954303a934df162ba42d0d",
       "models/generated/operations/ingest_files.sql": "cc3eef2e9aefac3d1900ccd725075a99",
-      "models/generated/operations/ingest_progress.sql": "5cde6d0adba7e96401b93bd37bdb204d",
+      "models/generated/operations/ingest_progress.sql": "8d65e8f44af9e84410d7a742feba3446",
       "models/generated/operations/kafka_topics.sql": "61e51fb6ac403c865cf22588643b7e0e",
       "models/generated/operations/replayed_events.sql": "9afb17ee3055003603b6c1d21a557a18",
       "models/generated/operations/tile_fingerprints.sql": "85c4fa8ddbea2d2ee18a91622197056e",

@@ -368,3 +368,27 @@ def test_python_and_dbt_name_the_query_of_a_kept_view_alike() -> None:
     """dbt runs without Python of ours, so that the suffix stands in a macro too."""
     macros = (EXAMPLE / "macros" / "engine" / "kept.sql").read_text()
     assert f'{{% macro query_suffix() -%}}\n  {{{{ return("{QUERY_SUFFIX}") }}}}\n' in macros
+
+
+def test_what_is_made_again_is_swapped_with_all_that_reads_it() -> None:
+    found = plan((RAW, changed(TILE, TILE.sql, anew=True), ROLLING, PLAIN, SINK, OTHER))
+    tile = only(found)
+    assert (tile.name, tile.action, tile.how, tile.diff) == ("tile", "changed", "swap", "")
+    assert found.closure == ("tile", "rolling", "plain", "sink")
+    # A table of messages is replaced too where it is asked for, and only there; its feed is not anybody's.
+    feed = model("feed", "kafka_feed", "raw")
+    found = plan(
+        (changed(RAW, RAW.sql, anew=True), feed, TILE, ROLLING, PLAIN, SINK, OTHER),
+        deployed=(*PROJECT, feed),
+        reads={"feed": set(), "feed_feed": {"feed"}, "raw": {"feed_feed"}},
+        objects={"feed_feed": "sink"},
+    )
+    assert found.refusals == ()
+    assert set(found.closure) == {"raw", "feed", "tile", "rolling", "plain", "sink", "other"}
+    assert "raw" not in plan((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER)).closure
+    # Its options may have changed, as its retention.
+    kept = changed(RAW, f"{RAW.sql} with (retention_seconds = 7200)", anew=True)
+    assert "raw" in plan((kept, TILE, ROLLING, PLAIN, SINK, OTHER)).closure
+    # One that differs otherwise is judged as ever.
+    text = RAW.sql.replace("primary key", "unique")
+    assert plan((changed(RAW, text, anew=True), TILE, ROLLING, PLAIN, SINK, OTHER)).refusals

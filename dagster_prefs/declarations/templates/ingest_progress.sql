@@ -1,4 +1,4 @@
-{#- The embedded engine counts what its steps have read; RisingWave's raw tables may forget, and their views do not. -#}
+{#- Of what views have read: raw tables may forget their messages, also before this is made again. -#}
 with arrivals as (
 
 $union

@@ -1,2 +1,2 @@
   select '$topic' as topic, source, source_partition, source_offset, kafka_timestamp, arrived_at
-  from {{ ref("$raw") if target.type == "risingwave" else ref("$parsed") }}
+  from {{ ref("$parsed") }}

@@ -164,6 +164,8 @@ where ${unread}
       -#}
       {% do run_query(create_source | replace("create source " ~ this, "create source " ~ shadow)) %}
       {% do run_query("drop sink if exists " ~ sink) %}
+      {#- What it has read is in the raw table, also in one that was swapped in and gets it over a sink, before it is read again. #}
+      {% do run_query("flush") %}
       {% do run_query("drop source if exists " ~ relation) %}
       {% do run_query("alter source " ~ shadow ~ " rename to " ~ relation.identifier) %}
     {%- else -%}

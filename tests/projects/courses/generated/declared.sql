@@ -27,7 +27,7 @@
       "models/generated/operations/erased_subjects.sql": "93939da65622eb354e67a27ce1ad4591",
       "models/generated/operations/event_exports.sql": "4b19fee519954303a934df162ba42d0d",
       "models/generated/operations/ingest_files.sql": "cc3eef2e9aefac3d1900ccd725075a99",
-      "models/generated/operations/ingest_progress.sql": "2b90612e7c9d44b1e10546818f6c6df9",
+      "models/generated/operations/ingest_progress.sql": "9b04b8f7132df31b26fe5c1fa9d04d67",
       "models/generated/operations/kafka_topics.sql": "61e51fb6ac403c865cf22588643b7e0e",
       "models/generated/operations/replayed_events.sql": "9afb17ee3055003603b6c1d21a557a18",
       "models/generated/operations/tile_fingerprints.sql": "e459e6e250324f89a9af4edd56859571",
