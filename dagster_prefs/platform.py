@@ -808,7 +808,8 @@ class Platform:
 
     def _rebuild_streaming(self, target: str, from_lake: bool, say: Callable[[str], None]) -> list[str]:
         from dagster_prefs.deploy.apply import apply_plan
-        from dagster_prefs.deploy.rebuild import Rebuild, Successor, deletes_by_age, views_behind
+        from dagster_prefs.deploy.plan import deletes_by_age
+        from dagster_prefs.deploy.rebuild import Rebuild, Successor, views_behind
 
         views = views_behind(self.dbt.manifest(), self.registry, target)
         topics = [topic for topic in self.registry.topics.values() if topic.parsed in views]

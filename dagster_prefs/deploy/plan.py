@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psycopg
 import sqlglot
@@ -295,15 +296,59 @@ def make_plan(
         }
         catalog = read_catalog(connection, engine)
         records, fragments = read_records(connection, engine, catalog)
-    return compare(
-        engine.kind,
-        models,
-        {exposure["name"]: model_names(exposure) for exposure in manifest.get("exposures", {}).values()},
-        records,
-        catalog,
-        review(fragments, manifest),
-        drop_orphans=drop_orphans,
-    )
+        plan = compare(
+            engine.kind,
+            models,
+            {exposure["name"]: model_names(exposure) for exposure in manifest.get("exposures", {}).values()},
+            records,
+            catalog,
+            review(fragments, manifest),
+            drop_orphans=drop_orphans,
+        )
+        return plan if engine.kind == "local" else _refuse_forgotten(connection, engine, plan)
+
+
+def deletes_by_age(connection: psycopg.Connection[Any], engine: EngineConfiguration, raw: str) -> bool:
+    """Return whether RisingWave deletes the rows of a raw table by their age. Raises psycopg.Error."""
+    rows = connection.execute(
+        "select t.definition from rw_catalog.rw_tables t join rw_catalog.rw_schemas n on n.id = t.schema_id"
+        " where n.name = %s and t.name = %s",
+        (engine.schema, raw),
+    ).fetchall()
+    return any("retention_seconds" in definition for (definition,) in rows)
+
+
+def _refuse_forgotten(connection: psycopg.Connection[Any], engine: EngineConfiguration, plan: Plan) -> Plan:
+    """Refuse to make a view again from a raw table that has deleted by age what the view has read."""
+
+    def oldest(relation: str) -> datetime | None:
+        ((arrived,),) = connection.execute(
+            sql.SQL("select min(arrived_at) from {}").format(sql.Identifier(engine.schema, relation))
+        ).fetchall()
+        return cast("datetime | None", arrived)
+
+    def judged(relation: RelationPlan) -> RelationPlan:
+        if relation.action != "changed" or relation.name not in plan.closure:
+            return relation
+        model = plan.models[relation.name]
+        for raw in model.upstream if "arrived_at" in model.columns else ():
+            # A raw table that is made again too gets all messages (deploy/rebuild.py).
+            if (
+                not plan.models[raw].holds_data
+                or raw in plan.closure
+                or not deletes_by_age(connection, engine, raw)
+            ):
+                continue
+            read, left = oldest(relation.name), oldest(raw)
+            if read is not None and (left is None or read < left):
+                why = (
+                    f"it would be made again without the messages that have left {raw} by their age: run `prefs "
+                    f"rebuild {relation.name} --from-lake`, which makes it from all of them"
+                )
+                return RelationPlan(relation.name, relation.kind, "refused", "", why, relation.diff)
+        return relation
+
+    return replace(plan, relations=tuple(judged(relation) for relation in plan.relations))
 
 
 def model_names(node: Mapping[str, Any]) -> tuple[str, ...]:

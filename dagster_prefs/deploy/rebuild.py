@@ -77,16 +77,6 @@ def views_behind(manifest: Mapping[str, Any], registry: Registry, target: str) -
     return list(dict.fromkeys(one for name in wanted for one in behind(name)))
 
 
-def deletes_by_age(connection: psycopg.Connection[Any], engine: EngineConfiguration, raw: str) -> bool:
-    """Return whether RisingWave deletes the rows of a raw table by their age. Raises psycopg.Error."""
-    rows = connection.execute(
-        "select t.definition from rw_catalog.rw_tables t join rw_catalog.rw_schemas n on n.id = t.schema_id"
-        " where n.name = %s and t.name = %s",
-        (engine.schema, raw),
-    ).fetchall()
-    return any("retention_seconds" in definition for (definition,) in rows)
-
-
 def bridge_of(raw: str) -> str:
     """Return the name, without its suffix, of the sink that carries a raw table's messages into its successor."""
     return f"{raw}_bridge"

@@ -20,6 +20,7 @@ from declared import COURSES
 from risingwave_server import NO_SERVER, URL, database, rows, until
 
 from dagster_prefs.deploy.apply import ApplyError
+from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.iceberg.event_reader import Selection, read_events
 from dagster_prefs.iceberg.event_tables import event_tables
@@ -232,6 +233,20 @@ def test_views_come_back_from_the_lake_while_events_arrive(
     world.leave()
     # No view has noticed.
     assert world.found() == world.expected()
+    compiled = Dbt.compiled_manifest
+
+    def changed(dbt: Dbt) -> Any:
+        manifest = compiled(dbt)
+        (node,) = (node for node in manifest["nodes"].values() if node["name"] == PARSED)
+        node["compiled_code"] = f"select * from ({node['compiled_code']}) as parsed"
+        return manifest
+
+    # A rule for messages that changed would be applied to those that are left alone.
+    with monkeypatch.context() as patch:
+        patch.setattr(Dbt, "compiled_manifest", changed)
+        (refusal,) = world.platform.plan().refusals
+    assert f"{PARSED}: it would be made again without the messages that have left {RAW}" in refusal
+    assert f"`prefs rebuild {PARSED} --from-lake`" in refusal
     # A retention that is changed takes effect with the rebuild.
     world.retain(LONGER)
     with monkeypatch.context() as patch:
