@@ -322,6 +322,14 @@ def _refuse_forgotten(connection: psycopg.Connection[Any], engine: EngineConfigu
     """Refuse to make a view again from a raw table that has deleted by age what the view has read."""
 
     def oldest(relation: str) -> datetime | None:
+        there = connection.execute(
+            "select 1 from information_schema.columns where table_schema = %s and table_name = %s"
+            " and column_name = 'arrived_at'",
+            (engine.schema, relation),
+        ).fetchall()
+        # A view that somebody wrote, and that knew no arrivals so far.
+        if not there:
+            return None
         ((arrived,),) = connection.execute(
             sql.SQL("select min(arrived_at) from {}").format(sql.Identifier(engine.schema, relation))
         ).fetchall()
