@@ -7,11 +7,12 @@ import json
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from confluent_kafka import Producer
@@ -20,6 +21,7 @@ from declared import COURSES
 from risingwave_server import NO_SERVER, URL, database, rows, until
 
 from dagster_prefs.deploy.apply import ApplyError
+from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.iceberg.event_reader import Selection, read_events
@@ -27,12 +29,22 @@ from dagster_prefs.iceberg.event_tables import event_tables
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
+T = TypeVar("T")
+
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
 TOPIC, RAW, PARSED, TILE = "lesson_events", "raw_lesson_events", "lesson_events_parsed", "learner_lessons_1d"
 VIEWS = {TOPIC, PARSED, TILE, "learner_progress_rolling", "rejected_events", "ingest_progress"}
 # As long as the first messages need to be exported on a slow server, and then as long as a rebuild takes there.
 RETENTION_SECONDS, LONGER = 120, 7200
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call again while a slow server that builds views does not answer in time."""
+    for _ in range(5):
+        with suppress(EngineUnavailable):
+            return call()
+    return call()
 
 
 @dataclass
@@ -66,10 +78,14 @@ class World:
         producer: Any = Producer({"bootstrap.servers": self.brokers})
         for body in bodies[::2]:
             producer.produce(self.kafka_topic, body)
-        with RawStore(self.platform.engine) as store:
-            topic = self.platform.registry.topics[TOPIC]
-            rest = zip(numbers[1::2], bodies[1::2], strict=True)
-            store.write(topic, "file:lessons#1", [RawMessage(0, number, body) for number, body in rest])
+        topic = self.platform.registry.topics[TOPIC]
+        rest = [RawMessage(0, number, body) for number, body in zip(numbers[1::2], bodies[1::2], strict=True)]
+
+        def write() -> None:
+            with RawStore(self.platform.engine) as store:
+                store.write(topic, "file:lessons#1", rest)
+
+        patiently(write)
         assert producer.flush(30) == 0
         with self.at_once:
             self.sent += bodies
@@ -260,6 +276,9 @@ def test_views_come_back_from_the_lake_while_events_arrive(
     stop = threading.Event()
     served: list[int] = []
 
+    def count() -> list[tuple[Any, ...]]:
+        return rows(engine, f"select sum(lessons + finishes)::bigint from {TILE}")
+
     def live() -> None:
         for turn in itertools.count():
             if stop.wait(1.5):
@@ -268,7 +287,7 @@ def test_views_come_back_from_the_lake_while_events_arrive(
             if turn % 10 == 5:
                 # As often as the retention asks for.
                 world.platform.export_events([TOPIC])
-            ((lessons,),) = rows(engine, f"select sum(lessons + finishes)::bigint from {TILE}")
+            ((lessons,),) = patiently(count)
             served.append(int(lessons))
 
     thread = threading.Thread(target=live)
