@@ -811,7 +811,7 @@ class Platform:
         from dagster_prefs.deploy.plan import deletes_by_age
         from dagster_prefs.deploy.rebuild import Rebuild, Successor, views_behind
 
-        views = views_behind(self.dbt.manifest(), self.registry, target)
+        views = views_behind(self.dbt.manifest(), target)
         topics = [topic for topic in self.registry.topics.values() if topic.parsed in views]
         with self.engine.connect() as connection:
             forgetful = [topic for topic in topics if deletes_by_age(connection, self.engine, topic.raw)]

@@ -320,9 +320,7 @@ class _Apply:
         self._build([raw], shadows)
         # The lake first: of a message that an erasure redacted there, the old table may still have the bytes.
         self._restore(successor, shadows[raw])
-        self._execute_composed(
-            bridge(self.engine, raw, shadows[raw], journal.shadow(bridge_of(raw))),
-        )
+        self._execute("{}", bridge(self.engine, raw, shadows[raw], journal.shadow(bridge_of(raw))))
         self._wait_until_created(journal)
         parsed = successor.topic.parsed
         if parsed in self._catalog().objects and self._missing(successor, shadows[raw]):
@@ -631,7 +629,4 @@ class _Apply:
         return sql.Identifier(self.engine.schema, name)
 
     def _execute(self, statement: str, *parts: sql.Composable, values: Sequence[Any] | None = None) -> None:
-        self._execute_composed(sql.SQL(statement).format(*parts), values)
-
-    def _execute_composed(self, statement: sql.Composed, values: Sequence[Any] | None = None) -> None:
-        self.connection.execute(statement, values)
+        self.connection.execute(sql.SQL(statement).format(*parts), values)

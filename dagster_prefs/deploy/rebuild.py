@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.registry import Registry, TopicDeclaration
+from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.deploy.plan import model_names
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -52,7 +52,7 @@ class Rebuild:
 NO_REBUILD = Rebuild()
 
 
-def views_behind(manifest: Mapping[str, Any], registry: Registry, target: str) -> list[str]:
+def views_behind(manifest: Mapping[str, Any], target: str) -> list[str]:
     """Return the views that are made again for a view, or for all of them, each after what it reads.
 
     Raises PrefsError for an unknown view.

@@ -91,6 +91,18 @@ def run(dbt: Dbt, *select: str) -> dict[str, NodeResult]:
     return {result.name: result for result in results}
 
 
+def engine_settings(engine: EngineConfiguration) -> dict[str, str]:
+    """The environment by which the platform finds this engine."""
+    return {
+        "PREFS_ENGINE": "risingwave",
+        "PREFS_ENGINE_HOST": engine.host,
+        "PREFS_ENGINE_PORT": str(engine.port),
+        "PREFS_ENGINE_DATABASE": engine.database,
+        "PREFS_ENGINE_USER": engine.user,
+        "PREFS_ENGINE_PASSWORD": engine.password,
+    }
+
+
 def refused(dbt: Dbt, model: str) -> str:
     """What `dbt run` says of a model that it must refuse."""
     (result,) = [result for result in dbt.run("run", [model]) if result.name == model]

@@ -13,7 +13,7 @@ import boto3
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
-from risingwave_server import NO_SERVER, URL, database, run
+from risingwave_server import NO_SERVER, URL, database, engine_settings, run
 
 from dagster_prefs.events import engine_history
 from dagster_prefs.events.ingest import FileOptions
@@ -70,12 +70,7 @@ def test_a_stopped_bootstrap_goes_on_and_overlaps_with_kafka(
     with rest_server(behind, "prefs:open sesame") as rest, database() as engine:
         for name, value in {
             "AWS_ENDPOINT_URL": aws_endpoint,
-            "PREFS_ENGINE": "risingwave",
-            "PREFS_ENGINE_HOST": engine.host,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_DATABASE": engine.database,
-            "PREFS_ENGINE_USER": engine.user,
-            "PREFS_ENGINE_PASSWORD": engine.password,
+            **engine_settings(engine),
             "PREFS_PUBLISH": "sink",
             "PREFS_KAFKA_BOOTSTRAP": "",
             "PREFS_ICEBERG_CATALOG": "rest",

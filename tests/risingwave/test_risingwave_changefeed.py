@@ -15,9 +15,9 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from risingwave_server import NO_SERVER, URL, engine_settings, server_of
 from shipped import LONG, SHORT
 
 from dagster_prefs.declarations.contract import load_contract
@@ -27,13 +27,12 @@ from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 
-URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
 # Every viewer has a second of the day of his own in which his windows roll over: its number is his id.
 SPREAD = 86_399
 PATIENCE_SECONDS = 180
 
-pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
+pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
 
 @dataclass
@@ -119,15 +118,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
     endpoint = shell_environment.get("AWS_ENDPOINT_URL")
     if not endpoint:
         pytest.skip("AWS_ENDPOINT_URL names no DynamoDB")
-    parts = urlsplit(URL)
-    server = EngineConfiguration(
-        host=parts.hostname or "127.0.0.1",
-        port=parts.port or 4566,
-        database=parts.path.strip("/") or "dev",
-        user=parts.username or "root",
-        password=parts.password or "",
-        kind="risingwave",
-    )
+    server = server_of(URL)
     name = f"prefs_{uuid.uuid4().hex[:12]}"
     with server.connect() as connection:
         connection.execute(f"create database {name}")
@@ -147,12 +138,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
     environment = {
         **aws,
         **made,
-        "PREFS_ENGINE": "risingwave",
-        "PREFS_ENGINE_HOST": engine.host,
-        "PREFS_ENGINE_PORT": str(engine.port),
-        "PREFS_ENGINE_DATABASE": name,
-        "PREFS_ENGINE_USER": engine.user,
-        "PREFS_ENGINE_PASSWORD": engine.password,
+        **engine_settings(engine),
         "PREFS_TABLE_PREFIX": prefix,
         "PREFS_DATA_DIR": str(tmp_path_factory.mktemp("state")),
         "PREFS_CHANGEFEED_LEASE_SECONDS": "3",

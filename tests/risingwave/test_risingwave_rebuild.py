@@ -18,7 +18,7 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from declared import COURSES
-from risingwave_server import NO_SERVER, URL, database, rows, until
+from risingwave_server import NO_SERVER, URL, database, engine_settings, rows, until
 
 from dagster_prefs.deploy.apply import ApplyError
 from dagster_prefs.engine.connection import EngineUnavailable
@@ -206,12 +206,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
         for name, value in {
             **{name: value for name, value in shell_environment.items() if name.startswith("AWS_")},
             "PREFS_PROJECT_DIR": str(COURSES),
-            "PREFS_ENGINE": "risingwave",
-            "PREFS_ENGINE_HOST": engine.host,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_DATABASE": engine.database,
-            "PREFS_ENGINE_USER": engine.user,
-            "PREFS_ENGINE_PASSWORD": engine.password,
+            **engine_settings(engine),
             "PREFS_PUBLISH": "sink",
             "PREFS_TABLE_PREFIX": f"{engine.database}_",
             "PREFS_KAFKA_BOOTSTRAP": brokers,

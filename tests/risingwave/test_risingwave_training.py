@@ -18,7 +18,7 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
-from risingwave_server import NO_SERVER, URL, database, run, until
+from risingwave_server import NO_SERVER, URL, database, engine_settings, run, until
 from shipped import SHORT, TILE_TABLES, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
@@ -232,12 +232,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
             "AWS_REGION": shell_environment.get("AWS_REGION", "eu-central-1"),
             "AWS_ACCESS_KEY_ID": shell_environment.get("AWS_ACCESS_KEY_ID", "test"),
             "AWS_SECRET_ACCESS_KEY": shell_environment.get("AWS_SECRET_ACCESS_KEY", "test"),
-            "PREFS_ENGINE": "risingwave",
-            "PREFS_ENGINE_HOST": engine.host,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_DATABASE": engine.database,
-            "PREFS_ENGINE_USER": engine.user,
-            "PREFS_ENGINE_PASSWORD": engine.password,
+            **engine_settings(engine),
             "PREFS_PUBLISH": "sink",
             "PREFS_TABLE_PREFIX": f"{engine.database}_",
             "PREFS_DATA_DIR": str(tmp_path_factory.mktemp("state")),
