@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +58,7 @@ from built_state import (  # noqa: E402 (after the environment is clean)
     make_session_folder,
 )
 from declared import COURSES, PROJECT  # noqa: E402
-from longest import left_out, longest_first  # noqa: E402
+from longest import UNTIL, left_out, longest_first, out_of_time  # noqa: E402
 from revisions import read_revisions_once  # noqa: E402
 from unsynced import never_sync_sqlite  # noqa: E402
 from warm import Warm  # noqa: E402
@@ -73,6 +74,13 @@ from dagster_prefs.local.services import LocalServices  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, marked slow; the others in their order."""
     longest_first(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A run that has only so much time says which tests it leaves out."""
+    if out_of_time(item.path, time.time()):
+        pytest.skip(f"left out: the time that {UNTIL} gives this run is over")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,47 +18,30 @@ LONGEST = (
     "dbt/test_plan_and_apply.py",
     "end_to_end/test_ui.py",
     "end_to_end/test_demo.py",
-    "freshness/test_broken_stages.py",
     "dbt/test_lifecycle.py",
     "terraform/test_terraform_module.py",
     "erasure/test_erase.py",
     "terraform/test_terraform_apply.py",
     "events/test_contact.py",
-    "end_to_end/test_foreign_story.py",
-    "end_to_end/test_wheel.py",
     "offline_store/test_training_set.py",
     "console/test_pages.py",
     "freshness/test_stages.py",
-    "freshness/test_training_definitions.py",
     "dbt/test_views_against_oracle.py",
-    "declarations/test_projects.py",
     "freshness/test_freshness_definitions.py",
     "serving/test_profiles.py",
     "offline_store/test_export_failures.py",
-    "test_anywhere.py",
     "dbt/test_live_steps.py",
-    "dbt/test_refresh_job.py",
-    "offline_store/test_other_engines.py",
     "dbt/test_risingwave_rules.py",
-    "values/test_drift.py",
     "freshness/test_dashboards.py",
-    "end_to_end/test_foreign_commands.py",
     "serving/test_server_clients.py",
     "test_own_projects.py",
     "offline_store/test_label_limits.py",
     "dynamodb/test_publisher.py",
     "local/test_services.py",
-    "erasure/test_erase_on_glue.py",
-    "deployment/test_image.py",
     "dbt/test_live_follower.py",
-    "serving/test_foreign_serving.py",
-    "dbt/test_cost_measured.py",
     "offline_store/test_export.py",
-    "test_without_dagster.py",
-    "erasure/test_erase_command.py",
     "dynamodb/test_changefeed.py",
     "serving/test_preferences.py",
-    "dbt/test_no_content_stops_anything.py",
     "events/test_limits.py",
     "serving/test_server.py",
     "engine/test_old_server.py",
@@ -67,8 +51,6 @@ LONGEST = (
     "events/test_any_project.py",
     "local/test_who_gets_in.py",
     "offline_store/test_parity.py",
-    "freshness/test_embedded.py",
-    "dbt/test_noted_arrivals.py",
     "test_definitions.py",
     "serving/test_catalogue.py",
     "events/test_kafka.py",
@@ -76,26 +58,66 @@ LONGEST = (
     "test_reading_commands.py",
     "offline_store/test_full_disk.py",
     "offline_store/test_maintenance.py",
-    "offline_store/test_foreign_training.py",
     "engine/test_refusals.py",
     "engine/test_tls.py",
-    "erasure/test_erase_foreign_project.py",
     "test_cli.py",
     "dbt/test_rejected_replay.py",
     "offline_store/test_windows.py",
     "events/test_foreign_models.py",
 )
+# Long files too, of which others test a part: the same way with another project, on another store, or in processes of
+# their own. They are handed out last, so that a run that has only so much time leaves out these.
+LAST = (
+    "freshness/test_broken_stages.py",
+    "end_to_end/test_wheel.py",
+    "end_to_end/test_foreign_story.py",
+    "erasure/test_erase_on_glue.py",
+    "declarations/test_projects.py",
+    "dbt/test_refresh_job.py",
+    "test_step_processes.py",
+    "freshness/test_embedded.py",
+    "offline_store/test_other_engines.py",
+    "test_anywhere.py",
+    "freshness/test_training_definitions.py",
+    "values/test_drift.py",
+    "test_without_dagster.py",
+    "end_to_end/test_foreign_commands.py",
+    "dbt/test_cost_measured.py",
+    "erasure/test_erase_command.py",
+    "dbt/test_no_content_stops_anything.py",
+    "deployment/test_image.py",
+    "offline_store/test_foreign_training.py",
+    "dbt/test_noted_arrivals.py",
+    "dbt/test_served_as_read.py",
+    "serving/test_foreign_serving.py",
+    "erasure/test_erase_foreign_project.py",
+)
+UNTIL = "TEST_UNTIL"
+"""The variable with the time, in seconds since 1970, after which no test of `LAST` begins; none if it is not set."""
 
 
 _RANKS = {FOLDER / name: rank for rank, name in enumerate(LONGEST)}
+_LAST_RANKS = {FOLDER / name: rank for rank, name in enumerate(LAST)}
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Put the longest files first and mark them slow; the others keep their order."""
+    """Put the longest files first and those of `LAST` behind all, both marked slow; the others keep their order."""
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        if item.path in _LAST_RANKS:
+            return 2, _LAST_RANKS[item.path]
+        return (0, _RANKS[item.path]) if item.path in _RANKS else (1, 0)
+
     for item in items:
-        if item.path in _RANKS:
+        if item.path in _RANKS or item.path in _LAST_RANKS:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: _RANKS.get(item.path, len(_RANKS)))
+    items.sort(key=rank)
+
+
+def out_of_time(file: Path, now: float) -> bool:
+    """Whether a test of this file begins, at `now` in seconds since 1970, after the time that the run has for it."""
+    until = os.environ.get(UNTIL)
+    return bool(until) and file in _LAST_RANKS and now > float(until)
 
 
 # Types every command of the documentation, which takes longer than the suite may: `make test-docs` names it.
@@ -106,4 +128,4 @@ def left_out(file: Path, markers: str, named: Sequence[str]) -> bool:
     """Whether a run with `-m MARKERS` of these paths leaves out a file or folder, so that nobody need import it."""
     if file == DOCUMENTATION or DOCUMENTATION in file.parents:
         return not any(Path(path.split("::")[0]).resolve().is_relative_to(DOCUMENTATION) for path in named)
-    return markers == "not slow" and file in _RANKS
+    return markers == "not slow" and (file in _RANKS or file in _LAST_RANKS)

@@ -141,11 +141,28 @@ def test_free_ports_differ_while_they_are_held(free_port: Callable[[], int]) -> 
         assert free_port() != port
 
 
-def test_the_files_that_start_first_exist() -> None:
-    assert [name for name in longest.LONGEST if not (longest.FOLDER / name).is_file()] == []
+def test_the_files_that_start_first_and_last_exist() -> None:
+    named = longest.LONGEST + longest.LAST
+    assert [name for name in named if not (longest.FOLDER / name).is_file()] == []
+    assert len(set(named)) == len(named)
 
 
-def test_files_are_handed_out_in_that_order_before_all_others(request: pytest.FixtureRequest) -> None:
+def test_files_are_handed_out_in_that_order_around_all_others(request: pytest.FixtureRequest) -> None:
     files = list(dict.fromkeys(item.path for item in request.session.items))
-    first = [longest.FOLDER / name for name in longest.LONGEST if longest.FOLDER / name in files]
+    first, last = (
+        [longest.FOLDER / name for name in names if longest.FOLDER / name in files]
+        for names in (longest.LONGEST, longest.LAST)
+    )
     assert files[: len(first)] == first
+    assert files[len(files) - len(last) :] == last
+
+
+def test_only_the_last_files_are_left_out_of_a_run_whose_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, last = longest.FOLDER / longest.LONGEST[0], longest.FOLDER / longest.LAST[0]
+    monkeypatch.delenv(longest.UNTIL, raising=False)
+    assert not longest.out_of_time(last, now=1001)
+    monkeypatch.setenv(longest.UNTIL, "1000")
+    assert [longest.out_of_time(last, now) for now in (999, 1001)] == [False, True]
+    assert [longest.out_of_time(file, 1001) for file in (first, Path(__file__))] == [False, False]
