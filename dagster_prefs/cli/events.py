@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, progress_bar, table_of
+from dagster_prefs.declarations.names import FEED_KIND
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
@@ -246,7 +247,7 @@ def topics_renew() -> None:
     found = [life for life in platform.kafka_topics() if life.state == "recreated"]
     platform.kafka_topics(note=True)
     if settings.engine == "risingwave":
-        feeds = platform.dbt.run("run", ["config.materialized:kafka_feed"])
+        feeds = platform.dbt.run("run", [f"config.materialized:{FEED_KIND}"])
         if failed := [f"{feed.name}: {feed.message}" for feed in feeds if not feed.ok]:
             raise PrefsError("; ".join(failed))
     for life in found:

@@ -11,6 +11,12 @@ QUERY_SUFFIX = "__query"
 # The Iceberg table of statistics of values, beside the training tables.
 STATISTICS_TABLE = "value_statistics"
 
+# The materializations of raw tables and of Kafka feeds. The former is dbt-risingwave's name for any table, with or
+# without a connector; ours have none. A feed is a source with the model's name, and a sink from it into the topic's raw
+# table (macro `kafka_feed`).
+TABLE_KIND = "table_with_connector"
+FEED_KIND = "kafka_feed"
+
 REDACTED = b'{"erased":true}'
 """What remains of a message after its subject's erasure; the typed layer rejects it with the reason `erased`."""
 

@@ -11,6 +11,7 @@ from dagster_dbt.asset_utils import get_asset_check_key_for_test
 from pydantic import Field
 
 from dagster_prefs.declarations.lineage import Lineage
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.stale import current_registry
 from dagster_prefs.defs.column_lineage import same_columns, topic_metadata, view_metadata
@@ -177,7 +178,7 @@ def build(platform: Platform) -> dg.Definitions:
         with platform.engine.connect() as connection:
             require_version(connection, platform.engine, platform.dbt)
 
-        feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
+        feeds = [name for name in selected if kinds_of.get(name) == FEED_KIND]
         if feeds:
             # Recorded before the feeds are created, so that a feed of a recreated topic reads it from its start.
             with suppress(NotDeployed):
@@ -187,7 +188,7 @@ def build(platform: Platform) -> dg.Definitions:
             # Reports a missing table, or one with another key, with the remedy, before a sink is created.
             platform.provision(platform.dynamodb())
 
-        views = [name for name in selected if name in kept and kinds_of[name] != "table_with_connector"]
+        views = [name for name in selected if name in kept and kinds_of[name] != TABLE_KIND]
         applied = _applied(platform, views, config) & set(selected)
         selected = [name for name in selected if name not in applied]
         # A run of all models needs no selection: dbt resolves none faster than one of eighty names.
@@ -284,8 +285,7 @@ def build(platform: Platform) -> dg.Definitions:
             *[
                 translator.get_asset_key(node)
                 for node in manifest["nodes"].values()
-                if node["resource_type"] == "model"
-                and node["config"]["materialized"] == "table_with_connector"
+                if node["resource_type"] == "model" and node["config"]["materialized"] == TABLE_KIND
             ]
         )
         - compared,

@@ -14,11 +14,10 @@ import psycopg
 from filelock import FileLock, Timeout
 from psycopg import sql
 
-from dagster_prefs.declarations.names import QUERY_SUFFIX
+from dagster_prefs.declarations.names import FEED_KIND, QUERY_SUFFIX, TABLE_KIND
 from dagster_prefs.deploy.plan import (
     CONTRACT_KIND,
     DEPLOYMENTS,
-    FEED_KIND,
     JOURNAL_KIND,
     PENDING_KIND,
     Plan,
@@ -362,7 +361,7 @@ class _Apply:
 
     def _feed_successors(self, journal: _Journal) -> None:
         """Have the feeds write into the raw tables that were swapped in, and drop the sinks that led into these."""
-        raw = [name for name, kind in journal.closure if kind == "table_with_connector"]
+        raw = [name for name, kind in journal.closure if kind == TABLE_KIND]
         feeds = [name for name, kind in journal.closure if kind == FEED_KIND]
         if raw and feeds:
             self.on_step(f"make {', '.join(feeds)} again")

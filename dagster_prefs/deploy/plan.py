@@ -17,6 +17,7 @@ import sqlglot
 from psycopg import sql
 from sqlglot.errors import SqlglotError
 
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -32,10 +33,6 @@ SHADOW = re.compile(r"__next_([0-9a-f]{8})$")
 # The names that dbt-risingwave's own zero-downtime mode leaves behind.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 
-# A Kafka feed: a source with the model's name, and a sink from it into the topic's raw table (macro
-# `kafka_feed`).
-FEED_KIND = "kafka_feed"
-
 # Records of `deployments` that are no relations.
 CONTRACT_KIND = "contract"
 JOURNAL_KIND = "plan"
@@ -45,11 +42,11 @@ Action = Literal["create", "changed", "orphaned", "refused"]
 How = Literal["create", "in place", "swap", "rebuild", "drop", "kept", ""]
 
 _CATALOG_KINDS: Mapping[str, Mapping[str, str]] = {
-    "local": {"materialized_view": "materialized view", "sink": "view", "table_with_connector": "table"},
+    "local": {"materialized_view": "materialized view", "sink": "view", TABLE_KIND: "table"},
     "risingwave": {
         "materialized_view": "materialized view",
-        "table_with_connector": "table",
-        "kafka_feed": "source",
+        TABLE_KIND: "table",
+        FEED_KIND: "source",
     },
 }
 
@@ -85,7 +82,7 @@ class Model:
     @property
     def holds_data(self) -> bool:
         """Whether it is a table of events, which no run could restore."""
-        return self.kind == "table_with_connector"
+        return self.kind == TABLE_KIND
 
     @property
     def replaces_itself(self) -> bool:

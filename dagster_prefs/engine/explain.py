@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.redaction import redact_options
 
@@ -20,8 +21,7 @@ _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snap
 # training tables and of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
-    # dbt-risingwave's name for any table, with or without a connector; ours have none.
-    "table_with_connector": ("event table", ""),
+    TABLE_KIND: ("event table", ""),
     _DYNAMODB: (
         "DynamoDB sink",
         "the table's key and state in DynamoDB, PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and "
@@ -33,7 +33,7 @@ _LOOK_AT: Mapping[str, tuple[str, str]] = {
         "PREFS_ICEBERG_WAREHOUSE, and the AWS keys",
     ),
     "subscription": ("subscription", "the view it reads, and PREFS_CHANGEFEED_RETENTION_HOURS"),
-    "kafka_feed": (
+    FEED_KIND: (
         "Kafka feed",
         "the topic and its brokers, PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY_PROTOCOL and what belongs to it",
     ),

@@ -235,7 +235,9 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except NoSuchTableError as error:
-        raise TableMissing(f"{what} does not exist: export it first ({_reason(error)})") from error
+        raise TableMissing(
+            f"{what} does not exist ({_reason(error)}): export it first; a new tile's appears with its first whole day"
+        ) from error
     except CommitStateUnknownException as error:
         raise CatalogUnavailable(
             f"{what} did not answer whether a commit took place ({_reason(error)}): run it again, which is safe"
