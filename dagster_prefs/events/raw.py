@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -53,6 +53,9 @@ class StoredMessage(NamedTuple):
     data: bytes
     kafka_timestamp: datetime | None
     arrived_at: datetime
+
+
+Message = TypeVar("Message", RawMessage, StoredMessage)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class RawStore:
     def _insert_stored(self, relation: str, messages: Sequence[StoredMessage]) -> int:
         row = sql.SQL("({})").format(sql.SQL(", ").join([sql.Placeholder()] * len(StoredMessage._fields)))
         with self._translated(relation):
-            for batch in _bounded(messages):
+            for batch in inserted_at_once(messages):
                 self._connection.execute(
                     sql.SQL("insert into {} ({}) values {}").format(
                         self._relation(relation),
@@ -407,8 +410,7 @@ class RawStore:
 
     def _insert(self, topic: TopicDeclaration, source: str, messages: Sequence[RawMessage]) -> int:
         accepted = 0
-        for start in range(0, len(messages), ROWS_PER_INSERT):
-            batch = messages[start : start + ROWS_PER_INSERT]
+        for batch in inserted_at_once(messages):
             present = self._present(topic, source, batch)
             fresh = [message for message in batch if (message.partition, message.offset) not in present]
             if not fresh:
@@ -494,8 +496,8 @@ def _first(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _bounded(messages: Sequence[StoredMessage]) -> Iterator[Sequence[StoredMessage]]:
-    """Yield the messages in parts that one INSERT may have."""
+def inserted_at_once(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """Yield the messages in parts for one INSERT: of `ROWS_PER_INSERT`, and of `BYTES_PER_INSERT` or one message."""
     start = size = 0
     for place, message in enumerate(messages):
         if place > start and (

@@ -23,7 +23,16 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.events.formats import EventFileError
 from dagster_prefs.events.ingest import FileOptions, file_source, ingest_file
-from dagster_prefs.events.raw import Batches, Progress, RawStoreError, translated
+from dagster_prefs.events.raw import (
+    BYTES_PER_INSERT,
+    ROWS_PER_INSERT,
+    Batches,
+    Progress,
+    RawMessage,
+    RawStoreError,
+    inserted_at_once,
+    translated,
+)
 from dagster_prefs.events.rejected import RejectedEvent, rejected_counts, rejected_events
 from tests.events.conftest import rows
 
@@ -43,6 +52,16 @@ def write_views(path: Path, count: int) -> Path:
 
 def stored(engine: EngineConfiguration, table: str = "raw_view_events") -> list[tuple[int, bytes]]:
     return rows(engine, f"select source_offset, data from {table} order by source, source_offset")  # type: ignore[return-value]
+
+
+def test_an_insert_has_so_many_rows_and_bytes_and_no_message_is_left_out() -> None:
+    large = BYTES_PER_INSERT // 3
+    sizes = [1] * (ROWS_PER_INSERT + 1) + [large] * 4 + [2 * BYTES_PER_INSERT, 1]
+    messages = [RawMessage(0, offset, bytes(size)) for offset, size in enumerate(sizes)]
+    parts = list(inserted_at_once(messages))
+    assert [len(part) for part in parts] == [ROWS_PER_INSERT, 4, 1, 1, 1]
+    assert [message for part in parts for message in part] == messages
+    assert list(inserted_at_once([])) == []
 
 
 def test_every_line_is_stored_once_with_its_number(
