@@ -276,9 +276,10 @@ class _Apply:
         for name, kind in journal.closure:
             if kind not in (*_WRITERS, FEED_KIND):
                 self._take_over(journal, name, drop=False)
-        # Only for sinks: a new subscription has written nothing yet, and the live one still reads the view
-        # that was swapped away.
-        if any(kind == "sink" for _, kind in journal.closure):
+        # Only for sinks into DynamoDB: a new subscription has written nothing yet, and the live one still reads the
+        # view that was swapped away. Beside subscriptions, sinks lead into the lake.
+        kinds = {kind for _, kind in journal.closure}
+        if "sink" in kinds and "subscription" not in kinds:
             self._reconcile(journal)
         for name, kind in journal.closure:
             if kind in _WRITERS:
