@@ -478,6 +478,7 @@ class Platform:
                 unread=partial(self._unread_since, registry.topics[name]),
                 namespace=settings.iceberg_namespace,
                 kept=None if days is None else timedelta(days=days),
+                raw_by_sink=settings.raw_by_sink,
             )
         return found
 
@@ -525,13 +526,22 @@ class Platform:
         return found.since if found else None
 
     def prepare_training_tables(self) -> list[Table]:
-        """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""
+        """Prepare the tables that RisingWave's sinks write: those of tiles, and of raw messages where they do.
+
+        Raises OfflineError or EngineUnavailable.
+        """
+        from dagster_prefs.iceberg.event_tables import event_tables
+        from dagster_prefs.iceberg.tables import ensure_layout
         from dagster_prefs.iceberg.verify import prepare_for_sink
 
         catalog, namespace = self.catalog(), self.settings.iceberg_namespace
+        topics = event_tables(self.registry).values() if self.settings.raw_by_sink else ()
         return [
-            prepare_for_sink(self.engine, catalog, spec, namespace=namespace)
-            for spec in self.training_tables.values()
+            *(
+                prepare_for_sink(self.engine, catalog, spec, namespace=namespace)
+                for spec in self.training_tables.values()
+            ),
+            *(ensure_layout(catalog, namespace, tables.raw.layout) for tables in topics),
         ]
 
     def parity(self, features: Features, *, now: datetime, share: float | None = None) -> ParityReport:

@@ -389,7 +389,8 @@ class Settings(BaseSettings):
     export: Literal["platform", "sink"] = Field(
         "platform",
         description="Who writes the training tables: `platform` (the export assets) or `sink` (RisingWave's Iceberg "
-        "sinks; the assets then verify, audit and tag).",
+        "sinks; the assets then verify, audit and tag). With PREFS_RAW_RETENTION_SECONDS `sink` writes raw messages "
+        "to the lake too.",
     )
     export_start_date: date = Field(
         date(2025, 1, 1),
@@ -780,6 +781,11 @@ class Settings(BaseSettings):
         found += self.alert_webhooks
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
+
+    @property
+    def raw_by_sink(self) -> bool:
+        """Whether RisingWave's sink writes raw messages to the lake: only where its raw tables are append-only."""
+        return self.export == "sink" and self.raw_retention_seconds is not None
 
     @property
     def served_log_place(self) -> tuple[str, str] | None:

@@ -163,7 +163,7 @@ def test_schedules_and_sensors_start_only_where_asked(
     assert stopped == {"canary"}
 
 
-def test_where_sinks_write_the_training_tables_they_wait_for_them(
+def test_where_sinks_write_tables_of_the_lake_they_wait_for_them(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
@@ -173,6 +173,7 @@ def test_where_sinks_write_the_training_tables_they_wait_for_them(
         "PREFS_ICEBERG_CATALOG": "rest",
         "PREFS_ICEBERG_URI": "http://127.0.0.1:9",
         "PREFS_ICEBERG_WAREHOUSE": "s3://lake/warehouse",
+        "PREFS_RAW_RETENTION_SECONDS": "86400",
     }.items():
         monkeypatch.setenv(name, value)
     found = described(build_definitions(load_settings()))["assets"]
@@ -180,6 +181,7 @@ def test_where_sinks_write_the_training_tables_they_wait_for_them(
         "training/viewer_watch_daily": "sink_training_watch",
         "training/viewer_genre_daily": "sink_training_genre",
         "training/viewer_interactions_daily": "sink_training_interactions",
+        **{f"lake/{topic.relation}": f"sink_raw_{topic.relation}" for topic in REGISTRY.topics.values()},
     }.items():
         assert sink in found[table]["deps"]
         assert "training/tables" in found[sink]["deps"]

@@ -267,13 +267,15 @@ def export_events(only: tuple[str, ...], as_json: bool) -> None:
                 f"{report.raw_rows:,}",
                 f"{report.typed_rows:,}",
                 f"{report.lost:,}" if report.lost else "",
+                *((f"{report.waiting:,}" if report.waiting else "",) if settings.raw_by_sink else ()),
                 None if report.complete_until is None else report.complete_until.isoformat(),
             )
             for report in reports
         ]
-        console.print(
-            table_of("", ["topic", "messages written", "events written", "lost", "complete until"], rows)
-        )
+        # Messages that RisingWave's sink has not written yet.
+        waiting = ["waiting"] if settings.raw_by_sink else []
+        head = ["topic", "messages written", "events written", "lost", *waiting, "complete until"]
+        console.print(table_of("", head, rows))
     if failed := {(report.topic, hour): why for report in reports for hour, why in report.failed.items()}:
         raise HoursFailed(failed)
 

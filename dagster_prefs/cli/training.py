@@ -390,6 +390,7 @@ def _stores(platform: Platform) -> Stores:
         platform.settings.iceberg_namespace,
         platform.settings.export == "sink",
         platform.settings.served_log_place,
+        platform.settings.raw_by_sink,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
-from dagster_prefs.declarations.names import kafka_feed, parsed_view, raw_table
+from dagster_prefs.declarations.names import kafka_feed, parsed_view, raw_sink, raw_table
 from dagster_prefs.declarations.personal import PII
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
 from dagster_prefs.declarations.registry import (
@@ -91,6 +91,7 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
     place = f"{model.file}:{model.line}"
     findings.claim(raw_table(model.name), place)
     findings.claim(kafka_feed(model.name), place)
+    findings.claim(raw_sink(model.name), place)
     findings.claim(parsed_view(model.name), place, kept=True, model=model.name)
     name = given.get("kafka_topic", model.name)
     if not _KAFKA_TOPIC.fullmatch(str(name)):

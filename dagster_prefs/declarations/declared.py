@@ -29,7 +29,7 @@ DECLARED = f"{GENERATED}/declared.sql"
 # The keys of a model's meta that are declarations, hand-written or generated.
 COMPARED_META = (
     "topic", "tile", "domain", "preference", "keep", "time", "time_include", "contract", "publishes",
-    "training_table",
+    "training_table", "lake_table", "fields_of",
 )  # fmt: skip
 _JINJA = ("{{", "{%")
 

@@ -32,6 +32,7 @@ from dagster_prefs.declarations.lineage import (
     render_lineage,
 )
 from dagster_prefs.declarations.macros import check_macros
+from dagster_prefs.declarations.names import raw_sink
 from dagster_prefs.declarations.personal import personal_columns
 from dagster_prefs.declarations.read import (
     GENERATED,
@@ -272,6 +273,8 @@ def _models(project: ProjectYaml, declared: Declarations, lineage: Lineage) -> I
     for topic in declared.topics:
         for name, sql, yaml in _topic_models(topic, declared):
             yield from files_of("events", name, topic.file, sql, yaml)
+        name, sql, yaml = _raw_sink(topic, declared)
+        yield from files_of("sinks", name, topic.file, sql, yaml)
     if declared.topics:
         tables = "\n".join(f"      - {_flow(_source(topic))}" for topic in declared.topics)
         text = f"{YAML_MARK}the project's topics\n{_fill('sources.yml', {'tables': tables}).rstrip()}\n"
@@ -411,6 +414,19 @@ def _topic_models(topic: Topic, declared: Declarations) -> Iterator[tuple[str, s
     yield of.relation, _typed_sql(topic, declared), None
 
 
+def _raw_sink(topic: Topic, declared: Declarations) -> tuple[str, str, str]:
+    """Render the sink of a topic's raw messages into the lake: its name, SQL and YAML."""
+    of = topic.declared
+    sought = of.sought(declared.entities[of.entity].key_names if of.entity else ())
+    columns = [{"name": one.name, "data_type": one.type, "description": one.description} for one in sought]
+    values = _names(topic) | {
+        "sink": raw_sink(of.relation),
+        "query": _parsed_sql(topic, declared, lake=[one.name for one in sought]),
+        "fields": "\n".join(f"      - {_flow(column)}" for column in columns),
+    }
+    return raw_sink(of.relation), _fill("raw_sink.sql", values), _fill("raw_sink.yml", values)
+
+
 def _parsed_column(topic: Topic, field: FieldDeclaration) -> dict[str, object]:
     meta = {
         "optional": field.optional or None,
@@ -433,7 +449,8 @@ def _parsed_column(topic: Topic, field: FieldDeclaration) -> dict[str, object]:
     return column | ({"config": {"meta": meta}} if meta else {})
 
 
-def _parsed_sql(topic: Topic, declared: Declarations) -> str:
+def _parsed_sql(topic: Topic, declared: Declarations, lake: Sequence[str] | None = None) -> str:
+    """Render the query of a topic's parsed relation, or of its raw messages in the lake with these fields."""
     of = topic.declared
     required = _json([field.name for field in of.fields if not field.optional and not field.accepted])
     if of.entity:
@@ -450,6 +467,8 @@ def _parsed_sql(topic: Topic, declared: Declarations) -> str:
         reasons.append("optional_reasons()")
     if of.format != "json":
         about += f', format="{of.format}"'
+    if lake is not None:
+        about += f", lake={_json(lake)}"
     lines = "".join(f"    {{{{- {reason} }}}}\n" for reason in reasons)
     return f'{{%- call parsed_messages(ref("{of.raw}"){about}) %}}\n{lines}{{%- endcall %}}'
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # PostgreSQL truncates longer names without an error.
 NAME_BYTES = 63
 # The suffix of the view with a kept view's query, on the embedded engine (macros/engine/kept.sql). The names that steps
@@ -31,9 +34,20 @@ def kafka_feed(relation: str) -> str:
     return f"kafka_{relation}"
 
 
+def raw_sink(relation: str) -> str:
+    """Return the name of the sink of a topic's raw messages into the lake from that of its typed relation."""
+    return f"sink_raw_{relation}"
+
+
 def parsed_view(relation: str) -> str:
     """Return the name of a topic's parsed view from that of its typed relation."""
     return f"{relation}_parsed"
+
+
+def lake_table(meta: Mapping[str, Any]) -> str | None:
+    """Return the table in the lake that a sink writes, by its model's meta: of tiles or of raw messages; else None."""
+    found: str | None = meta.get("training_table") or meta.get("lake_table")
+    return found
 
 
 def bytes_too_many(relation: str, *, kept: bool) -> int:

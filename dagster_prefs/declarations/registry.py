@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +117,11 @@ class TopicDeclaration:
     def by_name(self) -> Mapping[str, FieldDeclaration]:
         """The fields by name."""
         return MappingProxyType({field.name: field for field in self.fields})
+
+    def sought(self, keys: Iterable[str]) -> tuple[FieldDeclaration, ...]:
+        """Return the fields by which a raw message is found: identity, event time, and the keys of its entity."""
+        names = {self.identity, self.time, *keys}
+        return tuple(field for field in self.fields if field.name in names)
 
 
 @dataclass(frozen=True, slots=True)

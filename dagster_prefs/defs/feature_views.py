@@ -11,7 +11,7 @@ from dagster_dbt.asset_utils import get_asset_check_key_for_test
 from pydantic import Field
 
 from dagster_prefs.declarations.lineage import Lineage
-from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND, lake_table
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.stale import current_registry
 from dagster_prefs.defs.column_lineage import same_columns, topic_metadata, view_metadata
@@ -77,7 +77,7 @@ class ModelTranslator(DagsterDbtTranslator):
             return spec
         engine = "postgres" if self._placed.engine == "local" else "risingwave"
         kinds = {"dbt", engine}
-        if "training_table" in props["config"]["meta"]:
+        if lake_table(props["config"]["meta"]):
             spec = spec.merge_attributes(deps=[training_tables_key(self._placed)])
             kinds.add("iceberg")
         elif props["config"]["materialized"] == "sink":

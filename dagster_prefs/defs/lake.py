@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_prefs.declarations.names import raw_sink
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.defs.resources import asset_job, asset_key, is_at_work, lake_pool, sensor_status
 from dagster_prefs.errors import PrefsError
@@ -59,7 +60,11 @@ def _exported(platform: Platform, topic: TopicDeclaration) -> dg.AssetsDefinitio
     @dg.asset(
         key=events_key(settings, topic),
         pool=lake_pool(settings),
-        deps=[asset_key(settings, topic.raw), asset_key(settings, topic.parsed)],
+        deps=[
+            asset_key(settings, topic.raw),
+            asset_key(settings, topic.parsed),
+            *([asset_key(settings, raw_sink(topic.relation))] if settings.raw_by_sink else []),
+        ],
         group_name=GROUP,
         kinds={"iceberg", "parquet"},
         owners=[platform.contract.owner],
@@ -85,6 +90,7 @@ def _exported(platform: Platform, topic: TopicDeclaration) -> dg.AssetsDefinitio
                 "typed_rows": report.typed_rows,
                 "lost": report.lost,
                 "left_the_engine": report.left,
+                **({"waiting": report.waiting, "repeated": report.repeated} if settings.raw_by_sink else {}),
                 **({} if until is None else {"complete_until": dg.MetadataValue.timestamp(until)}),
             }
         )

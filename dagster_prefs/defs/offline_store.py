@@ -89,10 +89,10 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     Where RisingWave's sinks write the tables, the same assets verify, audit and tag. `clock` returns the time
     in UTC.
     """
+    settings = platform.settings
     if not platform.training_tables:
         # Without tiles there is nothing to export, train on, or maintain.
-        return dg.Definitions()
-    settings = platform.settings
+        return dg.Definitions(assets=[_provisioned(platform)] if settings.raw_by_sink else [])
     by_sink = settings.export == "sink"
     assets = [_exported(platform, spec, by_sink=by_sink) for spec in platform.training_tables.values()]
     tables = {spec.name: training_key(settings, spec) for spec in platform.training_tables.values()}
@@ -175,8 +175,8 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
         group_name=GROUP,
         kinds={"iceberg"},
         owners=[platform.contract.owner],
-        description="The training tables with the schema of the contract, before RisingWave's sinks write to them. "
-        "The branch of an earlier sink goes, because a new one writes every row again.",
+        description="The tables in the lake with their declared schema, before RisingWave's sinks write to them. "
+        "The branch of an earlier sink of tiles goes, because a new one writes every row again.",
     )
     def tables() -> dg.MaterializeResult[Any]:
         found = platform.prepare_training_tables()

@@ -239,7 +239,7 @@ class _Apply:
             self._refuse_missing(journal, name)
         if shadows:
             try:
-                if into_lake := [name for name in sinks if models[name].training_table]:
+                if into_lake := [name for name in sinks if models[name].lake_table]:
                     self._drop_lake_sinks(journal, into_lake)
                 if sinks:
                     self.on_step(f"build {', '.join(sinks)} as shadow relations")
@@ -380,12 +380,12 @@ class _Apply:
             self._drop(journal.shadow(bridge_of(name)), "the sink from the old raw table")
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
-        # Items are overwritten, but rows of a training table are appended: a new sink next to the old one, or after an
-        # interrupted apply, would write each row a second time. No reader is served from the training table meanwhile.
+        # Items are overwritten, but rows of a table in the lake are appended: a new sink next to the old one, or after
+        # an interrupted apply, would write each row a second time. No reader is served from these tables meanwhile.
         for name in names:
             self._drop(name, "the old sink")
             self._drop(journal.shadow(name), "the unfinished sink")
-        self.on_step("prepare the training tables")
+        self.on_step("prepare the tables in the lake")
         self.online.prepare()
 
     def _reconcile(self, journal: _Journal) -> None:

@@ -17,7 +17,7 @@ import sqlglot
 from psycopg import sql
 from sqlglot.errors import SqlglotError
 
-from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND, lake_table
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -60,7 +60,7 @@ class Model:
     """A compiled dbt model.
 
     `kind` is dbt's materialization; `upstream` are the models that it reads; a sink into the lake has a
-    `training_table`. `anew` asks RisingWave to build it again although nothing differs.
+    `lake_table`. `anew` asks RisingWave to build it again although nothing differs.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Model:
     upstream: tuple[str, ...]
     columns: tuple[str, ...]
     domain: str | None
-    training_table: str | None
+    lake_table: str | None
     source_checksum: str
     anew: bool = False
 
@@ -336,7 +336,9 @@ def _refuse_forgotten(connection: psycopg.Connection[Any], engine: EngineConfigu
         if relation.action != "changed" or relation.name not in plan.closure:
             return relation
         model = plan.models[relation.name]
-        for raw in model.upstream if "arrived_at" in model.columns else ():
+        # A sink holds nothing that it could lack afterwards.
+        keeps = "arrived_at" in model.columns and model.kind != "sink"
+        for raw in model.upstream if keeps else ():
             # A raw table that is made again too gets all messages (deploy/rebuild.py).
             if (
                 not plan.models[raw].holds_data
@@ -380,7 +382,7 @@ def compiled_models(manifest: Mapping[str, Any], database: str) -> dict[str, Mod
             upstream=tuple(nodes[parent]["alias"] for parent in model_names(node)),
             columns=tuple(node["columns"]),
             domain=(node["config"]["meta"].get("domain") or {}).get("key"),
-            training_table=node["config"]["meta"].get("training_table"),
+            lake_table=lake_table(node["config"]["meta"]),
             source_checksum=node["checksum"]["checksum"],
         )
 

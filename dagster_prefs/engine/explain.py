@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND
+from dagster_prefs.declarations.names import FEED_KIND, TABLE_KIND, lake_table
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.redaction import redact_options
 
@@ -17,9 +17,19 @@ _HEADINGS = re.compile(
 )
 _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snapshot)\b")
 
-# Materialization on RisingWave → its name in messages, and what to check in addition to its model. The sinks of
-# training tables and of domains differ by their destination.
+# Materialization on RisingWave → its name in messages, and what to check in addition to its model. The sinks into the
+# lake and those of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
+_CATALOG = (
+    "the table in the catalog, PREFS_ICEBERG_CATALOG, PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and "
+    "PREFS_ICEBERG_WAREHOUSE, and the AWS keys"
+)
+# RisingWave's own remedy, force_append_only, would write rows that change a second time.
+_RAW = (
+    "Iceberg sink",
+    f"{_CATALOG}; its raw table must have been created with PREFS_RAW_RETENTION_SECONDS, else recreate that or unset "
+    "PREFS_EXPORT",
+)
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
     TABLE_KIND: ("event table", ""),
     _DYNAMODB: (
@@ -27,11 +37,7 @@ _LOOK_AT: Mapping[str, tuple[str, str]] = {
         "the table's key and state in DynamoDB, PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and "
         "PREFS_SINK_ROLE_ARN or the AWS keys",
     ),
-    _ICEBERG: (
-        "Iceberg sink",
-        "the table in the catalog, PREFS_ICEBERG_CATALOG, PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and "
-        "PREFS_ICEBERG_WAREHOUSE, and the AWS keys",
-    ),
+    _ICEBERG: ("Iceberg sink", _CATALOG),
     "subscription": ("subscription", "the view it reads, and PREFS_CHANGEFEED_RETENTION_HOURS"),
     FEED_KIND: (
         "Kafka feed",
@@ -67,8 +73,10 @@ def failed_statement(
         )
     materialization = node["config"]["materialized"]
     if materialization == "sink" and engine.kind == "risingwave":
-        materialization = _ICEBERG if "training_table" in node["config"]["meta"] else _DYNAMODB
+        materialization = _ICEBERG if lake_table(node["config"]["meta"]) else _DYNAMODB
     called, beside = _LOOK_AT.get(materialization, (materialization.replace("_", " "), ""))
+    if "lake_table" in node["config"]["meta"]:
+        called, beside = _RAW
     if "ddl_service.DdlService/CreateSecret" in message:
         called, beside = f"secret of the {called}", _SECRET
     whom = for_whom(node, manifest)
@@ -86,6 +94,8 @@ def for_whom(node: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     served = [f"domain {domain}" for domain in domains[:1]]
     if "training_table" in meta:
         served = [f"training table {meta['training_table']}"]
+    if "lake_table" in meta:
+        served = [f"table {meta['lake_table']} in the lake"]
     if "topic" in node["config"]:
         served = [f"topic {node['config']['topic']}"]
     reached, left = set[str](), [node["unique_id"]]

@@ -68,8 +68,8 @@ class Stores:
 
     `catalog` and `dynamodb` open their stores when first needed; `table_prefix` is the prefix of the DynamoDB
     tables. `refresh` refreshes the embedded engine's views and is not called on RisingWave. `tables_by_sink`
-    says that RisingWave's sinks write the training tables. `served_log` is the place of the served log: `files` and a
-    folder, or what else and a name.
+    says that RisingWave's sinks write the training tables, `raw_by_sink` that they write the raw messages too.
+    `served_log` is the place of the served log: `files` and a folder, or what else and a name.
     """
 
     engine: EngineConfiguration
@@ -81,6 +81,7 @@ class Stores:
     namespace: str = DEFAULT_NAMESPACE
     tables_by_sink: bool = False
     served_log: tuple[str, str] | None = None
+    raw_by_sink: bool = False
 
     def logged(self, subject: Subject) -> SubjectInServedLog | None:
         """Return the subject's rows in the served log, None if it is not in files of this machine."""
@@ -491,6 +492,7 @@ class _Erasure:
                     erased,
                     arrived_until=self.until,
                     namespace=self.stores.namespace,
+                    by_sink=self.stores.raw_by_sink,
                 ),
             )
         specs = self.stores.tiles(self.subject)
@@ -571,7 +573,7 @@ class _Erasure:
 
     def _writer(self) -> str:
         if self.stores.tables_by_sink:
-            return "RisingWave's sinks take rows out of the training tables, wait for their next commits"
+            return "RisingWave's sinks write the tables of the lake, wait for their next commits"
         return "find out what writes there"
 
     def _unfinished(self, report: ErasureReport) -> dict[str, str]:
@@ -591,6 +593,11 @@ class _Erasure:
         }
         if self.stores.served_log and self.stores.served_log[0] != "files":
             rest["the served log ({} {})".format(*self.stores.served_log)] = "its retention ends"
+        if self.stores.raw_by_sink:
+            rest["messages that RisingWave's sinks had not committed to the lake yet"] = (
+                "minutes have passed and `prefs export events` has run, which removes their content; run this command "
+                "again then, for the snapshots"
+            )
         if self._served:
             rest["DynamoDB point-in-time recovery"] = (
                 "35 days from now; run this command again for a restored table"

@@ -19,14 +19,29 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
-from dagster_prefs.declarations.names import REDACTED
 from dagster_prefs.erasure.events import Subject, names, spellings
 from dagster_prefs.erasure.training import SubjectInTable
 from dagster_prefs.events.schema_registry import unframed
 from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import sort_batches
-from dagster_prefs.iceberg.event_export import HOURS, HOURS_PER_COMMIT, OFFSET, files_by_hour, token_prefix
-from dagster_prefs.iceberg.event_tables import ARRIVED, DATA, DAY, PLACE, REJECTED, SENT, EventTable
+from dagster_prefs.iceberg.event_export import (
+    HOURS,
+    HOURS_PER_COMMIT,
+    files_by_hour,
+    split_by_hour,
+    token_prefix,
+)
+from dagster_prefs.iceberg.event_sink import day_of, replace_files
+from dagster_prefs.iceberg.event_tables import (
+    ARRIVED,
+    DATA,
+    DAY,
+    OFFSET,
+    PLACE,
+    REJECTED,
+    EventTable,
+    emptied,
+)
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, ExportConflict
 from dagster_prefs.iceberg.files import LiveFile, check_readable, live_files, parts_of, read_rows
 from dagster_prefs.iceberg.publish import (
@@ -49,7 +64,8 @@ def is_there(catalog: Catalog, spec: EventTable, namespace: str) -> bool:
 class SubjectInEvents(SubjectInTable):
     """One subject's rows in one table of events.
 
-    Rejected messages are searched that arrived until `arrived_until` (UTC).
+    Rejected messages are searched that arrived until `arrived_until` (UTC). `by_sink` says that RisingWave's sink
+    writes raw tables, whose files exist for minutes before it commits them.
     """
 
     def __init__(
@@ -61,12 +77,14 @@ class SubjectInEvents(SubjectInTable):
         *,
         arrived_until: datetime,
         namespace: str = DEFAULT_NAMESPACE,
+        by_sink: bool = False,
     ) -> None:
         super().__init__(catalog, f"{namespace}.{spec.name}", erased, spec.topic.time or ARRIVED)
         self._spec = spec
         self._subject = subject
         self._arrived_until = arrived_until
         self._is_native = subject.is_key_of(spec.topic)
+        self._by_sink = by_sink and spec.kind == "raw"
 
     def _rows_in(self, table: Table, file: DataFile) -> int:
         if self._holds_rejected(table, file):
@@ -83,7 +101,8 @@ class SubjectInEvents(SubjectInTable):
         if REJECTED in parquet.schema_arrow.names:
             place = parquet.schema_arrow.get_field_index(REJECTED)
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-            if any(group.column(place).statistics.max for group in groups):
+            statistics = [group.column(place).statistics for group in groups]
+            if any(one is None or not one.has_min_max or one.max for one in statistics):
                 return list(range(parquet.num_row_groups))
         return super()._groups(parquet) if self._is_native else []
 
@@ -127,13 +146,20 @@ class SubjectInEvents(SubjectInTable):
         days: set[date] = set()
         for _ in range(ATTEMPTS):
             table = self._table()
+            found, others = split_by_hour(live_files(table))
             hours = {
                 hour: files
-                for hour, files in files_by_hour(table, live_files(table)).items()
+                for hour, files in found.items()
                 if any(self._rows_in(table, file.data) for file in files)
             }
-            if not hours:
+            others = [file for file in others if self._rows_in(table, file.data)]
+            if not hours and not others:
                 return (), tuple(sorted(days))
+            if others and self._spec.kind == "typed":
+                # Nobody but this platform writes typed events.
+                files_by_hour(table, others)
+            if others and replace_files(table, [[file] for file in others], self._without, "erase"):
+                days |= {day_of(table, file) for file in others}
             pending = list(hours)
             while pending:
                 taken, pending = pending[:HOURS_PER_COMMIT], pending[HOURS_PER_COMMIT:]
@@ -162,10 +188,10 @@ class SubjectInEvents(SubjectInTable):
                     if self._spec.kind == "typed":
                         yield batch.filter(pc.invert(mine)).cast(schema)
                         continue
-                    emptied = self._emptied(batch, mine)
+                    changed = emptied(batch, mine)
                     if rejected is not None:
-                        emptied = emptied.filter(pc.equal(emptied.column(REJECTED), rejected))
-                    yield emptied.cast(schema)
+                        changed = changed.filter(pc.equal(changed.column(REJECTED), rejected))
+                    yield changed.cast(schema)
 
         rows, totals = counted_sums(remaining(), [OFFSET])
         written = DayFiles(
@@ -184,19 +210,12 @@ class SubjectInEvents(SubjectInTable):
     def _partitions(self) -> list[tuple[bool, ...]]:
         return [(False,), (True,)] if self._spec.kind == "raw" else [()]
 
-    def _emptied(self, batch: pa.RecordBatch, mine: pa.Array) -> pa.RecordBatch:
-        """Return messages of which the subject's have no content and are rejected."""
-        kept = {DAY, *PLACE, SENT, ARRIVED}
-        columns = []
-        for name in batch.schema.names:
-            values = batch.column(name)
-            if name == REJECTED:
-                values = pc.or_(values, mine)
-            elif name not in kept:
-                content = REDACTED if name == DATA else None
-                values = pc.if_else(mine, pa.scalar(content, values.type), values)
-            columns.append(values)
-        return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    def _without(self, file: LiveFile, batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
+        """Return messages of a sink's file, of which the subject's have no content and are rejected."""
+        return emptied(batch, self._mine(batch))
+
+    def _removable(self, path: str) -> bool:
+        return not self._by_sink or self._was_named(path)
 
     def _holds_rejected(self, table: Table, file: DataFile) -> bool:
         places = [field.name for field in table.specs()[file.spec_id].fields]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -23,8 +23,6 @@ from typing import Any, cast
 
 import duckdb
 import psycopg
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.expressions import And, GreaterThanOrEqual, LessThan, LessThanOrEqual
@@ -36,6 +34,7 @@ from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, total_fi
 from dagster_prefs.iceberg.catalog import OfflineError, conflicts_named, translated
 from dagster_prefs.iceberg.duck import SORTING, duck_session, quoted, registered
 from dagster_prefs.iceberg.event_reader import complete_until_of
+from dagster_prefs.iceberg.event_sink import check_sink, note_checked, offsets_in
 from dagster_prefs.iceberg.event_source import (
     PEOPLE,
     SUPPRESSED,
@@ -51,6 +50,7 @@ from dagster_prefs.iceberg.event_tables import (
     COMPLETE_UNTIL,
     DATA,
     DAY,
+    OFFSET,
     PLACE,
     REJECTED,
     EventTable,
@@ -68,14 +68,11 @@ from dagster_prefs.iceberg.publish import (
     publish_changes,
     write_groups,
 )
-from dagster_prefs.iceberg.tables import arrow_schema, counted_sums, ensure_layout
+from dagster_prefs.iceberg.tables import arrow_schema, ensure_layout
 
 # The bounds of a commit, as for tiles. Memory does not depend on them: one hour at a time is sorted, on disk if needed.
 HOURS_PER_COMMIT = 100
 ROWS_PER_COMMIT = 5_000_000
-
-# What the audit adds up: the offsets, which tell apart what a number of rows alone would not.
-OFFSET = "source_offset"
 
 # <hour>-<fingerprint of the hour>-<id of the write>-<rows of the write>-<number of the file>.parquet
 _FILE_NAME = re.compile(
@@ -102,6 +99,9 @@ class EventsReport:
     bytes had left the engine before they were exported; `left` messages have left it now, by retention. `failed` hours
     stay as they were, each with the reason. `complete_until` (UTC) is the instant up to which the tables hold all that
     arrived, None if it is not known.
+
+    Where RisingWave's sink writes the raw table, `raw_rows` are 0, `waiting` messages are not in the lake yet, of
+    `repeated` ones a second copy was removed from it, and `redacted` ones of erased subjects lost their content.
     """
 
     topic: str
@@ -110,6 +110,9 @@ class EventsReport:
     typed_rows: int = 0
     lost: int = 0
     left: int = 0
+    waiting: int = 0
+    repeated: int = 0
+    redacted: int = 0
     failed: dict[datetime, str] = field(default_factory=dict)
     complete_until: datetime | None = None
     seconds: float = 0.0
@@ -130,11 +133,11 @@ class EventHours:
     def files(
         self, table: Table, *, first: date, last: date, snapshot_id: int | None = None
     ) -> dict[datetime, list[LiveFile]]:
-        """Return the files of the hours from `first` to `last`. Raises LayoutForeign for another writer's files."""
+        """Return the files of the hours from `first` to `last`, without those of other writers."""
         days = And(
             GreaterThanOrEqual(term=DAY, value=_day(first)), LessThanOrEqual(term=DAY, value=_day(last))
         )
-        found = files_by_hour(table, live_files(table, days, snapshot_id))
+        found, _ = split_by_hour(live_files(table, days, snapshot_id))
         return {hour: files for hour, files in found.items() if _hour(first) <= hour <= _hour(last)}
 
     def audit(self, table: Table, staged: Staged, known: Container[date]) -> dict[date, AuditFailed]:
@@ -161,16 +164,11 @@ class EventHours:
         }
 
     def _rows_wrong(self, table: Table, one: StagedDay) -> list[str]:
-        def offsets() -> Iterator[pa.RecordBatch]:
-            for path in one.paths:
-                with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
-                    yield from parquet.iter_batches(columns=[OFFSET])
-
-        rows, sums = counted_sums(offsets(), [OFFSET])
-        if rows == one.rows and sums[OFFSET] == one.totals[OFFSET]:
+        rows, offsets = offsets_in(table, one.paths)
+        if (rows, offsets) == (one.rows, one.totals[OFFSET]):
             return []
         return [
-            f"{rows} rows with offsets of {sums[OFFSET]} in all, {one.rows} with {one.totals[OFFSET]} were due"
+            f"{rows} rows with offsets of {offsets} in all, {one.rows} with {one.totals[OFFSET]} were due"
         ]
 
 
@@ -179,17 +177,28 @@ HOURS = EventHours()
 
 def files_by_hour(table: Table, files: Sequence[LiveFile]) -> dict[datetime, list[LiveFile]]:
     """Group files of a table of events by their hour (UTC). Raises LayoutForeign for another writer's files."""
+    hours, others = split_by_hour(files)
+    if others:
+        raise LayoutForeign(
+            f"{'.'.join(table.name())}: {others[0].path} is not of this export, which alone writes tables of events: "
+            "if RisingWave's sink wrote it, keep PREFS_EXPORT=sink and PREFS_RAW_RETENTION_SECONDS, or set "
+            "PREFS_ICEBERG_NAMESPACE to another one; else roll the table back to a snapshot without it"
+        )
+    return hours
+
+
+def split_by_hour(files: Sequence[LiveFile]) -> tuple[dict[datetime, list[LiveFile]], list[LiveFile]]:
+    """Group the files of this export by their hour (UTC), and list those that another writer added."""
     hours: dict[datetime, list[LiveFile]] = {}
+    others: list[LiveFile] = []
     for file in files:
         found = _FILE_NAME.search(file.path)
         if found is None:
-            raise LayoutForeign(
-                f"{'.'.join(table.name())}: another writer added {file.path}, and only this platform writes tables of "
-                "events: roll the table back to a snapshot without it"
-            )
-        hour = datetime.strptime(found["hour"], "%Y%m%d%H").replace(tzinfo=UTC)
-        hours.setdefault(hour, []).append(file)
-    return hours
+            others.append(file)
+        else:
+            hour = datetime.strptime(found["hour"], "%Y%m%d%H").replace(tzinfo=UTC)
+            hours.setdefault(hour, []).append(file)
+    return hours, others
 
 
 def is_outdated(files: Sequence[LiveFile], rows: int, token: str) -> bool:
@@ -213,7 +222,8 @@ class TopicExport:
 
     `subject_kind` is the name under which erasures of its subjects are recorded, None if there are none. `unread`
     returns the earliest arrival of messages that the parsed relation has not read yet, None if there are none. Days of
-    arrival before the last `kept` ones are removed from the tables; None keeps all.
+    arrival before the last `kept` ones are removed from the tables; None keeps all. `raw_by_sink` says that
+    RisingWave's sink writes the raw table, which is then checked and put right.
     """
 
     engine: EngineConfiguration
@@ -223,6 +233,7 @@ class TopicExport:
     unread: Callable[[], datetime | None]
     namespace: str = DEFAULT_NAMESPACE
     kept: timedelta | None = None
+    raw_by_sink: bool = False
 
     def run(self, now: datetime) -> EventsReport:
         """Make the tables hold what arrived, and note until when they are complete; `now` is UTC.
@@ -246,13 +257,27 @@ class TopicExport:
                     _remove_before(table, first)
             if until is not None and waiting is not None:
                 until = min(until, waiting - timedelta(microseconds=1))
-            for table in (raw, typed):
+            if self.raw_by_sink:
+                self._check_raw(raw, first, until, report)
+            for table in (typed,) if self.raw_by_sink else (raw, typed):
                 if until is not None and not report.failed:
                     _note_complete(table, until)
             known = [complete_until_of(table) for table in (raw, typed)]
         report.complete_until = None if None in known else min(one for one in known if one is not None)
         report.seconds = time.monotonic() - started
         return report
+
+    def _check_raw(
+        self, raw: Table, first: date | None, until: datetime | None, report: EventsReport
+    ) -> None:
+        with event_source(self.engine, self.tables.typed, self.subject_kind) as source:
+            state = check_sink(raw, self.tables.raw, source, first)
+        report.waiting, report.lost = state.waiting, state.lost
+        report.repeated, report.redacted = state.repeated, state.redacted
+        if until is not None:
+            if state.waiting_since is not None:
+                until = min(until, state.waiting_since - timedelta(microseconds=1))
+            note_checked(raw, until, state.sequence)
 
     def exported_hours(self) -> Callable[[psycopg.Connection[Any], datetime], bool]:
         """Return a function that says whether the lake holds what a connection sees of an hour of arrival.
@@ -289,7 +314,7 @@ class TopicExport:
                 # Hours that become stale meanwhile are the next export's, or this one might never end.
                 chunk = sorted(left)[:HOURS_PER_COMMIT] if left is not None else []
                 prints = source.hours(chunk[0], chunk[-1]) if chunk else source.hours()
-                work = _Work(source, session, raw, typed, self.tables, prints)
+                work = _Work(source, session, None if self.raw_by_sink else raw, typed, self.tables, prints)
                 stale = [hour for hour in work.stale() if first is None or hour.date() >= first]
                 if left is None:
                     left = set(stale)
@@ -330,27 +355,27 @@ class TopicExport:
 
         def no_erasure_since() -> bool:
             with event_source(self.engine, self.tables.typed, self.subject_kind) as now:
-                redacted = now.redacted(min(work.raw_rows), max(work.raw_rows))
+                redacted = now.redacted(min(work.typed_rows), max(work.typed_rows))
                 return now.erasures() == erasures and all(
-                    redacted.get(hour, 0) == work.prints[hour].redacted for hour in work.raw_rows
+                    redacted.get(hour, 0) == work.prints[hour].redacted for hour in work.typed_rows
                 )
 
         missing: set[datetime] = set()
-        for table, changes in ((work.raw, work.raw_changes), (work.typed, work.typed_changes)):
+        for table, changes in work.changes:
             done = publish_changes(table, HOURS, changes, still_valid=no_erasure_since)
             report.failed |= {_hour(hour): str(error) for hour, error in done.failed.items()}
             missing |= {_hour(change.day) for change in changes} - {_hour(hour) for hour in done.published}
-        return set(work.raw_rows) - missing
+        return set(work.typed_rows) - missing
 
 
 class _Work:
-    """The hours that one commit of each table changes."""
+    """The hours that one commit of each table changes. `raw` is None where RisingWave's sink writes it."""
 
     def __init__(
         self,
         source: EventSource,
         session: duckdb.DuckDBPyConnection,
-        raw: Table,
+        raw: Table | None,
         typed: Table,
         tables: TopicTables,
         prints: Mapping[datetime, HourPrint],
@@ -367,9 +392,9 @@ class _Work:
         self.raw_rows: dict[datetime, int] = {}
         self.typed_rows: dict[datetime, int] = {}
         self.lost: dict[datetime, int] = {}
-        self._held_raw = files_by_hour(raw, live_files(raw))
+        self._held_raw = {} if raw is None else files_by_hour(raw, live_files(raw))
         self._held_typed = files_by_hour(typed, live_files(typed))
-        oldest = source.oldest_raw()
+        oldest = None if raw is None else source.oldest_raw()
         # What has left the raw table altogether, as retention takes it, is in the lake or nowhere.
         self._raw_from = _hour(oldest) if oldest else datetime.max.replace(tzinfo=UTC)
 
@@ -384,37 +409,52 @@ class _Work:
 
     def write(self, hour: datetime) -> None:
         """Write the files of an hour. Raises OfflineError, with what was written discarded."""
-        held_raw, held_typed = self._held_raw.get(hour, []), self._held_typed.get(hour, [])
-        with registered(self.session, "arriving", self.source.schema, self.source.rows(hour)):
+        arriving = self.source.rows(hour, with_bytes=self.raw is not None)
+        with registered(self.session, "arriving", self.source.schema, arriving):
             self.session.execute("create or replace table engine as from arriving")
         found = self.prints[hour]
-        self._load("held_raw", self.raw, held_raw)
-        self._load("held_typed", self.typed, held_typed)
         place = ", ".join(PLACE)
         self._check(found, place)
-        self.lost[hour], _ = self._counted(f"engine anti join held_raw using ({place}) where {DATA} is null")
-        kept_raw = f"held_raw anti join (from engine where {DATA} is not null) as there using ({place})"
-        kept_typed = f"held_typed anti join engine using ({place})"
-        rows, offsets = self._counted(kept_raw)
-        gone, gone_offsets = self._counted(f"engine where {DATA} is null")
-        raw = self._files(hour, found.rows - gone + rows, found.offsets - gone_offsets + offsets)
-        if hour >= self._raw_from and (raw.rows or held_raw):
-            for rejected in (False, True):
-                self._write(self.raw, (hour.date(), rejected), raw, self._raw_query(hour, rejected, kept_raw))
-            self.raw_changes.append(DayChange(hour, raw, parts_of(held_raw)))
-        rows, offsets = self._counted(kept_typed)
+        self.lost[hour], self.raw_rows[hour] = 0, 0
+        if self.raw is not None:
+            self._write_raw(self.raw, hour, place)
+        held = self._held_typed.get(hour, [])
+        self._load("held_typed", self.typed, held)
+        kept = f"held_typed anti join engine using ({place})"
+        rows, offsets = self._counted(kept)
         typed = self._files(hour, found.typed_rows + rows, found.typed_offsets + offsets)
-        if typed.rows or held_typed:
-            self._write(self.typed, (hour.date(),), typed, self._typed_query(hour, kept_typed))
-            self.typed_changes.append(DayChange(hour, typed, parts_of(held_typed)))
-        self.raw_rows[hour], self.typed_rows[hour] = raw.rows, typed.rows
+        if typed.rows or held:
+            self._write(self.typed, (hour.date(),), typed, self._typed_query(hour, kept))
+            self.typed_changes.append(DayChange(hour, typed, parts_of(held)))
+        self.typed_rows[hour] = typed.rows
         self.rows += found.rows
+
+    @property
+    def changes(self) -> list[tuple[Table, list[DayChange]]]:
+        """The tables with the changes of their hours."""
+        raw = [] if self.raw is None else [(self.raw, self.raw_changes)]
+        return [*raw, (self.typed, self.typed_changes)]
 
     def discard(self) -> None:
         """Remove the files of all hours."""
-        for table, changes in ((self.raw, self.raw_changes), (self.typed, self.typed_changes)):
+        for table, changes in self.changes:
             for change in changes:
                 discard(table, change.written)
+
+    def _write_raw(self, table: Table, hour: datetime, place: str) -> None:
+        found, held = self.prints[hour], self._held_raw.get(hour, [])
+        self._load("held_raw", table, held)
+        self.lost[hour], _ = self._counted(f"engine anti join held_raw using ({place}) where {DATA} is null")
+        kept = f"held_raw anti join (from engine where {DATA} is not null) as there using ({place})"
+        rows, offsets = self._counted(kept)
+        gone, gone_offsets = self._counted(f"engine where {DATA} is null")
+        raw = self._files(hour, found.rows - gone + rows, found.offsets - gone_offsets + offsets)
+        if hour >= self._raw_from and (raw.rows or held):
+            for rejected in (False, True):
+                query = self._raw_query(table, hour, rejected, kept)
+                self._write(table, (hour.date(), rejected), raw, query)
+            self.raw_changes.append(DayChange(hour, raw, parts_of(held)))
+        self.raw_rows[hour] = raw.rows
 
     def _load(self, name: str, table: Table, files: Sequence[LiveFile]) -> None:
         schema = arrow_schema(table)
@@ -458,11 +498,11 @@ class _Work:
         with closing(groups):
             write_groups(table, partition, files, groups)
 
-    def _raw_query(self, hour: datetime, rejected: bool, kept: str) -> str:
+    def _raw_query(self, table: Table, hour: datetime, rejected: bool, kept: str) -> str:
         spec = self.tables.raw
         own = {field.name for field in spec.fields}
         columns = []
-        for name in arrow_schema(self.raw).names:
+        for name in arrow_schema(table).names:
             if name == DAY:
                 columns.append(f"date '{hour.date()}' as {DAY}")
             elif name == REJECTED:
@@ -476,7 +516,7 @@ class _Work:
             else:
                 columns.append(self._column(name))
         return self._sorted(
-            spec, self.raw, f"select {', '.join(columns)} from engine where {DATA} is not null", kept,
+            spec, table, f"select {', '.join(columns)} from engine where {DATA} is not null", kept,
             f"{REJECTED} = {rejected}",
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ left the raw table by retention.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -33,6 +33,7 @@ BATCH_ROWS, BATCH_BYTES = 20_000, 16 * 1024 * 1024
 BARRIER_SECONDS = 60.0
 
 VALID, SUPPRESSED, PEOPLE = "prefs_valid", "prefs_suppressed", "prefs_people"
+IN_RAW = "prefs_in_raw"
 
 
 class EventsUnreadable(TilesUnreadable):
@@ -138,6 +139,17 @@ class EventSource:
         ).fetchone()
         return (int(row[0]), row[1]) if row else (0, None)
 
+    def erased(self) -> list[tuple[str, datetime]]:
+        """Return the topic's erased subjects, each with the event time until which it is erased."""
+        if self._subject_kind is None or self._topic.time is None:
+            return []
+        return self._connection.execute(
+            sql.SQL("select subject_id, erased_at from {} where subject_kind = %s").format(
+                self._relation("erased_subjects")
+            ),
+            [self._subject_kind],
+        ).fetchall()
+
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of `rows`: place, times, bytes (NULL if they have left), what the row is, and its fields."""
@@ -151,18 +163,19 @@ class EventSource:
             ]
         )
 
-    def rows(self, hour: datetime) -> Generator[pa.RecordBatch]:
-        """Stream the deliveries of an hour, unordered, in Arrow batches of a few megabytes."""
+    def rows(self, hour: datetime, *, with_bytes: bool = True) -> Generator[pa.RecordBatch]:
+        """Stream the deliveries of an hour, unordered, in Arrow batches of a few megabytes.
+
+        Without `with_bytes` the bytes are NULL, and the raw table is not read.
+        """
         schema = self.schema
         query = sql.SQL(
-            "select {place}, {times}, r.{data}, p.reason is null, {suppressed}, {people}, {fields}"
-            " from {read} left join {raw} as r on r.source = p.source and r.source_partition = p.source_partition"
-            " and r.source_offset = p.source_offset and r.arrived_at >= {first} and r.arrived_at < {last}"
-            " where p.arrived_at >= {first} and p.arrived_at < {last}"
+            "select {place}, {times}, {data}, p.reason is null, {suppressed}, {people}, {fields}"
+            " from {read} {raw} where p.arrived_at >= {first} and p.arrived_at < {last}"
         ).format(
             place=sql.SQL(", ").join(sql.Identifier("p", name) for name in PLACE),
             times=sql.SQL(", ").join(_microseconds(name) for name in (SENT, ARRIVED)),
-            data=sql.Identifier(DATA),
+            data=sql.Identifier("r", DATA) if with_bytes else sql.SQL("null::bytea"),
             suppressed=self._suppressed(),
             people=self._people(),
             fields=sql.SQL(", ").join(
@@ -170,25 +183,64 @@ class EventSource:
                 for field in self._typed.fields
             ),
             read=self._deliveries(),
-            raw=self._relation(self._topic.raw),
-            first=sql.SQL("{}::timestamptz").format(sql.Literal(hour.isoformat())),
-            last=sql.SQL("{}::timestamptz").format(sql.Literal((hour + HOUR).isoformat())),
+            raw=self._raw_of(hour) if with_bytes else sql.SQL(""),
+            first=_instant(hour),
+            last=_instant(hour + HOUR),
         )
+        place = schema.get_field_index(DATA)
+        yield from self._streamed(query, schema, lambda row: len(row[place] or b""))
+
+    def places(self, hour: datetime) -> Generator[pa.RecordBatch]:
+        """Stream the place and arrival of the deliveries of an hour, and whether the raw table still has each."""
+        query = sql.SQL(
+            "select {place}, {arrived}, r.source is not null from {parsed} as p {raw}"
+            " where p.arrived_at >= {first} and p.arrived_at < {last}"
+        ).format(
+            place=sql.SQL(", ").join(sql.Identifier("p", name) for name in PLACE),
+            arrived=_microseconds(ARRIVED),
+            parsed=self._relation(self._topic.parsed),
+            raw=self._raw_of(hour),
+            first=_instant(hour),
+            last=_instant(hour + HOUR),
+        )
+        yield from self._streamed(query, self.places_schema)
+
+    @property
+    def places_schema(self) -> pa.Schema:
+        """The Arrow schema of `places`; the arrival is in microseconds since 1970."""
+        own = self._typed.arrow_schema
+        return pa.schema(
+            [
+                *(own.field(name) for name in PLACE),
+                pa.field(ARRIVED, pa.int64()),
+                pa.field(IN_RAW, pa.bool_()),
+            ]
+        )
+
+    def _streamed(
+        self, query: sql.Composed, schema: pa.Schema, size_of: Callable[[tuple[Any, ...]], int] = lambda _: 0
+    ) -> Generator[pa.RecordBatch]:
         with (
             self._connection.cursor() as cursor,
             closing(cast("Generator[tuple[Any, ...]]", cursor.stream(query, size=ROWS_FETCHED))) as rows,
         ):
-            place = schema.get_field_index(DATA)
             held: list[tuple[Any, ...]] = []
             size = 0
             for row in rows:
                 held.append(row)
-                size += len(row[place] or b"")
+                size += size_of(row)
                 if len(held) >= BATCH_ROWS or size >= BATCH_BYTES:
                     yield _batch(held, schema)
                     held, size = [], 0
             if held:
                 yield _batch(held, schema)
+
+    def _raw_of(self, hour: datetime) -> sql.Composed:
+        """Return the join of the raw messages of an hour as `r`."""
+        return sql.SQL(
+            "left join {raw} as r on r.source = p.source and r.source_partition = p.source_partition"
+            " and r.source_offset = p.source_offset and r.arrived_at >= {first} and r.arrived_at < {last}"
+        ).format(raw=self._relation(self._topic.raw), first=_instant(hour), last=_instant(hour + HOUR))
 
     def _deliveries(self) -> sql.Composed:
         """Return the parsed relation as `p`, with the erasure that covers a row, if there is one, as `e`."""
@@ -217,6 +269,10 @@ class EventSource:
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._engine.schema, name)
+
+
+def _instant(moment: datetime) -> sql.Composed:
+    return sql.SQL("{}::timestamptz").format(sql.Literal(moment.isoformat()))
 
 
 def _between(first: datetime | None, last: datetime | None) -> sql.Composable:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyiceberg.io.pyarrow import schema_to_pyarrow
 from pyiceberg.schema import Schema
 from pyiceberg.types import (
@@ -27,6 +28,7 @@ from pyiceberg.types import (
     TimestamptzType,
 )
 
+from dagster_prefs.declarations.names import REDACTED
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Registry, TopicDeclaration
 from dagster_prefs.iceberg.tables import EVENTS, KIND, DeclarationRefused, TableLayout
 
@@ -34,6 +36,8 @@ DAY, REJECTED = "arrival_day", "rejected"
 # The key of a delivery, which also decides between deliveries that arrived at the same moment.
 PLACE = ("source", "source_partition", "source_offset")
 ARRIVED, SENT, DATA = "arrived_at", "kafka_timestamp", "data"
+# What audits add up: the offsets, which tell apart what a number of rows alone would not.
+OFFSET = "source_offset"
 
 # The digits of a decimal that both engines store exactly.
 DECIMAL_DIGITS = 28
@@ -42,6 +46,8 @@ DECIMAL_DIGITS = 28
 COMPLETE_UNTIL, COMPLETE_SNAPSHOT = "prefs.complete-until", "prefs.complete-snapshot"
 # The UTC day of arrival before which retention has removed rows; absent where it has not removed any.
 COMPLETE_FROM = "prefs.complete-from"
+# The sequence number of the newest commit of RisingWave's sink that was compared with the engine.
+VERIFIED_SEQUENCE = "prefs.verified-sequence"
 
 Kind = Literal["raw", "typed"]
 
@@ -153,9 +159,8 @@ def event_tables(registry: Registry) -> dict[str, TopicTables]:
     tiles = {tile.table: tile.relation for tile in registry.tiles.values()}
     for topic in registry.topics.values():
         entity = registry.entities[topic.entity] if topic.entity else None
-        sought = {topic.identity, topic.time, *(entity.key_names if entity else ())}
         tables = TopicTables(
-            EventTable("raw", topic, entity, tuple(field for field in topic.fields if field.name in sought)),
+            EventTable("raw", topic, entity, topic.sought(entity.key_names if entity else ())),
             EventTable("typed", topic, entity, topic.fields),
         )
         for table in tables.both:
@@ -171,6 +176,21 @@ def event_tables(registry: Registry) -> dict[str, TopicTables]:
                 )
         found[topic.name] = tables
     return found
+
+
+def emptied(batch: pa.RecordBatch, mine: pa.Array) -> pa.RecordBatch:
+    """Return raw messages of which those in the mask `mine` have no content any more, and are rejected."""
+    kept = {DAY, *PLACE, SENT, ARRIVED}
+    columns = []
+    for name in batch.schema.names:
+        values = batch.column(name)
+        if name == REJECTED:
+            values = pc.or_(values, mine)
+        elif name not in kept:
+            content = REDACTED if name == DATA else None
+            values = pc.if_else(mine, pa.scalar(content, values.type), values)
+        columns.append(values)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _iceberg_type(field: FieldDeclaration) -> IcebergType:

@@ -48,13 +48,15 @@ class LiveFile:
     """A data file of a snapshot with the delete files that apply to it.
 
     `deletes` are position deletes and deletion vectors, which `read_rows` applies. `equality_deletes` are not
-    supported by pyiceberg: reading the file raises RowsUnreadable.
+    supported by pyiceberg: reading the file raises RowsUnreadable. `sequence` is the sequence number of the commit
+    that added the file, 0 if it is not known.
     """
 
     data: DataFile
     snapshot_id: int
     deletes: tuple[DataFile, ...] = ()
     equality_deletes: tuple[DataFile, ...] = ()
+    sequence: int = 0
 
     @property
     def path(self) -> str:
@@ -112,6 +114,7 @@ def live_files(
                 if sequence[task.file.file_path] < (entry.sequence_number or 0)
                 and _covers(table, entry.data_file, task.file)
             ),
+            sequence[task.file.file_path],
         )
         for task in tasks
     ]

@@ -26,7 +26,7 @@ from pyiceberg.table import Table
 from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, ExportConflict, foreign_of
-from dagster_prefs.iceberg.files import LiveFile, only_token, parts_of, read_rows, tile_files
+from dagster_prefs.iceberg.files import LiveFile, live_files, only_token, parts_of, read_rows, tile_files
 from dagster_prefs.iceberg.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
@@ -99,7 +99,8 @@ def maintain_training_sets(
 ) -> list[MaintenanceReport]:
     """Maintain the tables of training sets, of statistics and of events in the namespace.
 
-    Removes old snapshots and unreferenced files, as `maintain` does. Raises ExportConflict, or another
+    Removes old snapshots and unreferenced files, as `maintain` does, and merges the small files that RisingWave's sinks
+    of raw messages write. Raises ExportConflict, or another
     OfflineError, for the first table that fails.
     """
     with translated(f"the Iceberg namespace {namespace}"):
@@ -109,8 +110,20 @@ def maintain_training_sets(
         with translated(f"the table {'.'.join(identifier)}"):
             table = catalog.load_table(identifier)
             if is_training_set(table) or is_statistics(table) or is_events(table):
-                reports.append(_without_history(table, now, keep_snapshots, grace))
+                merged = _merge(table) if is_events(table) else ()
+                report = _without_history(table, now, keep_snapshots, grace)
+                reports.append(replace(report, days_compacted=merged))
     return reports
+
+
+def _merge(table: Table) -> tuple[date, ...]:
+    # DuckDB takes time to load, which those who only read a table need not wait for.
+    from dagster_prefs.iceberg.event_export import split_by_hour
+    from dagster_prefs.iceberg.event_sink import merge_files
+    from dagster_prefs.iceberg.event_tables import REJECTED
+
+    _, others = split_by_hour(live_files(table))
+    return merge_files(table, others) if REJECTED in table.schema().column_names else ()
 
 
 def _without_history(

@@ -13,7 +13,9 @@
       "time_include",
       "contract",
       "publishes",
-      "training_table"
+      "training_table",
+      "lake_table",
+      "fields_of"
     ],
     "sql": {
       "models/engagement/content_interactions_rolling.sql": "3e89a028640902bff0366888a1bb4df8",
@@ -54,6 +56,10 @@
       "models/generated/sinks/sink_engagement_preferences.sql": "cae89b1ad64dbfd7591f02a5cf13c61b",
       "models/generated/sinks/sink_engagement_sequence.sql": "a4011b5fd860c32f157cd7c25e83f4c8",
       "models/generated/sinks/sink_engagement_watch.sql": "ea254accb005d91d77c0a21461b64a5b",
+      "models/generated/sinks/sink_raw_content_interactions.sql": "73a06ce8f0be6d6339e412670949d24d",
+      "models/generated/sinks/sink_raw_items.sql": "469f8581a88785d1d4a19b9c5d548038",
+      "models/generated/sinks/sink_raw_user_events.sql": "6aba33563fc1c7961b02f8be93ff1902",
+      "models/generated/sinks/sink_raw_view_events.sql": "041a81b3f5a8d1d4d12aee18f87f99aa",
       "models/generated/sinks/sink_training_genre.sql": "a93c427858d0b758f982ff3df3d7943e",
       "models/generated/sinks/sink_training_interactions.sql": "244214e79f037a3d2acbef6dcd1e8ecd",
       "models/generated/sinks/sink_training_watch.sql": "56f813fe44f4381cbfdd8a4b32c02bd6",
@@ -144,6 +150,10 @@
       "sink_engagement_preferences": "044c80be76889a81625e3cdfc3bbdf9b",
       "sink_engagement_sequence": "1552fcf83cb51badb9645310d1dd200e",
       "sink_engagement_watch": "0f482c9f1fd7c4ca9f369ee536e74478",
+      "sink_raw_content_interactions": "99960091ed3b91cfb2fe0839cd04f3f0",
+      "sink_raw_items": "146e7c62697d3ff5533b71d5a57633be",
+      "sink_raw_user_events": "2a1e7c2e4c82928bb15799ce91092f5c",
+      "sink_raw_view_events": "a349cd169496d23e4155741ac262d7d2",
       "sink_training_genre": "70d842d52fa6d98d123e30afba684895",
       "sink_training_interactions": "005946064cc27c06a8b3c755f9c8ce0b",
       "sink_training_watch": "1dd4ca42467f7e15722ceface8c48a68",

@@ -5,14 +5,16 @@
 #}
 
 {#
-  The message fields that the current model's YAML declares: name → type, and in `meta` `optional`, `max_bytes` (of a
+  The message fields that the current model's YAML declares, or that of the model in its `meta.fields_of`: name → type, and in `meta` `optional`, `max_bytes` (of a
   text), `scale` (decimals that are kept), `min` and `max`, `accepted` (values) or `accepted_from` (a variable whose
   names are the values), and `format: uuid`. Empty while the project is parsed, before YAML is read.
 #}
 {% macro declared_fields() -%}
   {%- set fields = {} -%}
   {%- if execute -%}
-    {%- for column in model.columns.values() if column.name not in place_columns() + ["payload", "reason", "canary"] -%}
+    {%- set of = config.get("meta", {}).get("fields_of") -%}
+    {%- set declaring = graph.nodes["model." ~ model.package_name ~ "." ~ of] if of else model -%}
+    {%- for column in declaring.columns.values() if column.name not in place_columns() + ["payload", "reason", "canary"] -%}
       {%- do fields.update({column.name: dict(column.config.meta, type=column.data_type | lower)}) -%}
     {%- endfor -%}
   {%- endif -%}
@@ -248,21 +250,26 @@
 
   For an event, `identity` is the field that identifies it, `key` is the first key of its entity, and `moment` is its
   time; with these, reserved ids are rejected (reserved.sql).
+
+  With `lake`, a list of fields, it is the query of the raw messages in the lake instead: their bytes with these fields,
+  the day of arrival, and whether they are rejected. Only the bytes decide: the verdict on what claims to be a canary
+  changes when a key arrives, which an append-only sink cannot take back, so such a message is among the rejected.
 #}
-{% macro parsed_messages(raw, identity=none, key=none, moment=none, format="json") -%}
+{% macro parsed_messages(raw, identity=none, key=none, moment=none, format="json", lake=none) -%}
+{%- set body = "data" if format != "json_schema" or lake is none else "data, message" -%}
 {%- set place = place_columns() | join(", ") -%}
 {%- set fields = declared_fields() -%}
 {%- set most = var("max_message_bytes") -%}
 with
 {%- if format == "json_schema" %} bodies as (
 
-  select {{ place }}, {{ unframed("data") }} as data
+  select {{ place }}, {{ unframed("data") }} as data{{ ", data as message" if lake is not none }}
   from {{ raw }}
 
 ),
 {%- endif %} messages as (
 
-  select {{ place }}, data, case when octet_length(data) <= {{ most }} then {{ json_of("data") }} end as j
+  select {{ place }}, {{ body }}, case when octet_length(data) <= {{ most }} then {{ json_of("data") }} end as j
   from {{ "bodies" if format == "json_schema" else raw }}
   {{ computed_once() }}
 
@@ -271,7 +278,7 @@ with
 texts as (
 
   select
-    {{ place }}, data, j
+    {{ place }}, {{ body }}, j
     {%- for name, field in fields.items() %},
     {{ to_microseconds(text_field(name, field.type)) if field.type == "timestamptz" else text_field(name, field.type) }} as {{ name }}_text
     {%- endfor %}
@@ -283,7 +290,7 @@ texts as (
 fields as (
 
   select
-    {{ place }}, data, j
+    {{ place }}, {{ body }}, j
     {%- for name, field in fields.items() %},
     {{ field_of(name ~ "_text", field) }} as {{ name }}
     {%- endfor %}
@@ -315,7 +322,21 @@ claims as (
   from judged
 
 ),
+{% endif %}
 
+{%- if lake is not none %}
+final as (
+
+  select
+    (arrived_at at time zone 'UTC')::date as arrival_day,
+    reason is not null{{ " or canary is not null" if key }} as rejected,
+    {{ place }},
+    {{ "message as data" if format == "json_schema" else "data" }},
+    {{ lake | join(", ") }}
+  from {{ "claims" if key else "judged" }}
+
+)
+{% elif key %}
 shown as (
 
   select

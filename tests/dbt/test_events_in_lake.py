@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from built_state import BuiltState
@@ -27,7 +28,7 @@ from dagster_prefs.erasure.erase import Stores, erase
 from dagster_prefs.erasure.events import REDACTED, Subject
 from dagster_prefs.erasure.export import export_subject
 from dagster_prefs.freshness.measures import measure_exported_events
-from dagster_prefs.iceberg import publish
+from dagster_prefs.iceberg import event_sink, publish
 from dagster_prefs.iceberg.event_export import EventsReport
 from dagster_prefs.iceberg.event_reader import (
     Selection,
@@ -37,6 +38,8 @@ from dagster_prefs.iceberg.event_reader import (
     read_events,
 )
 from dagster_prefs.iceberg.event_tables import PLACE, event_tables
+from dagster_prefs.iceberg.files import LayoutForeign, live_files
+from dagster_prefs.iceberg.maintenance import maintain_training_sets
 from dagster_prefs.iceberg.tables import SchemaChangeRefused, ensure_layout
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
@@ -115,6 +118,28 @@ class Lake:
 
     def export(self, topic: str = VIEWS) -> EventsReport:
         return self.platform.event_exports()[topic].run(instant(NOW))
+
+    def check(self, topic: str = VIEWS) -> EventsReport:
+        """Export where RisingWave's sink writes the raw table."""
+        return replace(self.platform.event_exports()[topic], raw_by_sink=True).run(instant(NOW))
+
+    def sink(self, condition: str = "true", topic: str = VIEWS) -> int:
+        """Append raw messages of the engine as RisingWave's sink does: in files of any hours. Returns their number."""
+        declared = REGISTRY.topics[topic]
+        table = ensure_layout(self.catalog, "training", TABLES[topic].raw.layout)
+        fields = ", ".join(f"p.{field.name}" for field in TABLES[topic].raw.fields)
+        claims = " or p.canary is not null" if declared.entity else ""
+        with self.engine.connect() as connection:
+            found = connection.execute(
+                f"select (r.arrived_at at time zone 'UTC')::date, p.reason is not null{claims}, r.source,"
+                f" r.source_partition, r.source_offset, r.kafka_timestamp, r.arrived_at, r.data, {fields}"
+                f" from {declared.raw} as r join {declared.parsed} as p using (source, source_partition, source_offset)"
+                f" where {condition}"
+            ).fetchall()
+        schema = table.schema().as_arrow()
+        rows = [dict(zip(schema.names, row, strict=True)) for row in found]
+        table.append(pa.Table.from_pylist(rows, schema=schema))
+        return len(rows)
 
     def arrive(self, messages: Sequence[Message]) -> None:
         with self.engine.connect() as connection:
@@ -505,3 +530,172 @@ def test_an_erased_subject_is_in_no_file_and_stays_erased(lake: Lake, tmp_path: 
     assert lake.differences(emptied(messages), erased) == {}
     lake.export()
     assert lake.files_with(GONE, tmp_path) == []
+
+
+def test_what_a_sink_writes_is_complete_once_the_lake_has_it(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = raw_of(stream())
+    assert lake.check().waiting == len(messages)
+    # The second of three hours is on its way.
+    missing = [row for row in messages if (row[5] - instant(FIRST)) // timedelta(hours=12) == 1]
+    first = min(row[5] for row in missing)
+    assert lake.sink(f"r.arrived_at < '{first}' or r.arrived_at >= '{first + timedelta(hours=12)}'")
+    behind = lake.check()
+    assert (behind.waiting, behind.lost, behind.failed) == (len(missing), 0, {})
+    assert behind.complete_until == first - timedelta(microseconds=1)
+    # Typed events do not wait for it.
+    assert lake.accepted() == lake.typed()
+    lake.sink(f"r.arrived_at = '{first}'")
+    assert lake.check().complete_until == sorted(row[5] for row in missing)[1] - timedelta(microseconds=1)
+    lake.sink(f"r.arrived_at > '{first}' and r.arrived_at < '{first + timedelta(hours=12)}'")
+    done = lake.check()
+    assert (done.waiting, done.repeated) == (0, 0)
+    assert done.complete_until is not None
+    assert done.complete_until > instant(FIRST)
+    assert lake.raw() == messages
+    assert (
+        read_events(lake.catalog, TABLES[VIEWS].raw, Selection(where="rejected = true")).read_all().num_rows
+        == 8
+    )
+    before = lake.snapshots()
+    assert (lake.check().waiting, lake.snapshots()) == (0, before)
+    # A sink commits every minute; maintenance merges what it left.
+    many = [delivery(4000 + place, view(f"m{place}", 3, FIRST), FIRST + place) for place in range(3)]
+    monkeypatch.setattr(event_sink, "MERGED_FROM", 3)
+    lake.arrive(many)
+    for place in range(3):
+        lake.sink(f"r.source_offset = {4000 + place}")
+    messages = raw_of([*stream(), *many])
+    table = lake.catalog.load_table(TABLES[VIEWS].raw.identifier("training"))
+    before = len(live_files(table))
+    lake.check()
+    for merged in ((instant(FIRST).date(),), ()):
+        reports = maintain_training_sets(
+            lake.catalog, now=datetime.now(UTC), keep_snapshots=timedelta(days=1), namespace="training"
+        )
+        assert {
+            report.days_compacted for report in reports if report.table == "training.raw_view_events"
+        } == {merged}
+        assert len(live_files(table.refresh())) < before - 1
+        assert lake.raw() == messages
+        assert (lake.check().waiting, lake.check().repeated) == (0, 0)
+    # History of an hour that was complete.
+    late = delivery(7, view("late", 7, FIRST), FIRST - HOUR, "file:history#1")
+    lake.arrive([late])
+    assert lake.check().waiting == 1
+    lake.sink("r.source = 'file:history#1'")
+    assert lake.check().waiting == 0
+    assert lake.raw() == raw_of([*stream(), *many, late])
+    # What no sink can bring any more.
+    lake.arrive([delivery(9, view("left", 7, FIRST), FIRST - 2 * HOUR, "file:history#1")])
+    lake.ask(
+        "with gone as (delete from raw_view_events where source_offset = 9 returning 1) select count(*) from gone"
+    )
+    lake.ask("with gone as (delete from live_changes returning 1) select count(*) from gone")
+    assert (lake.check().waiting, lake.raw()) == (0, raw_of([*stream(), *many, late]))
+
+
+def test_a_sink_that_was_made_again_doubles_nothing(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = raw_of(stream())
+    # The platform's own export came first, then the sink, and then another one.
+    lake.export()
+    assert lake.sink() == len(messages)
+    lake.check()
+    assert lake.raw() == messages
+    half = lake.sink("r.source_partition = 0")
+    assert 0 < half < len(messages)
+    # The sink goes on while files are replaced.
+    more = [delivery(3000 + place, view(f"m{place}", 3, FIRST), FIRST + place) for place in range(4)]
+    turns = {"_write_again": iter(range(1000)), "live_files": iter(range(1000))}
+
+    def meanwhile(name: str, turn: int, condition: str) -> Callable[..., Any]:
+        real = getattr(event_sink, name)
+
+        def call(*given: Any) -> Any:
+            found = real(*given)
+            if next(turns[name]) == turn:
+                assert lake.sink(condition) > 0
+            return found
+
+        return call
+
+    lake.arrive(more)
+    with monkeypatch.context() as patch:
+        # While the first file is written, and between the look at the table and the commit.
+        patch.setattr(
+            event_sink, "_write_again", meanwhile("_write_again", 0, "r.source_offset in (3000, 3001)")
+        )
+        patch.setattr(event_sink, "live_files", meanwhile("live_files", 1, "r.source_offset >= 3002"))
+        assert lake.check().repeated == half
+    assert next(turns["live_files"]) > 3, "the commit was tried again"
+    assert lake.raw() == raw_of([*stream(), *more])
+    # Typed events of what arrived meanwhile.
+    lake.check()
+    before = lake.snapshots()
+    assert (lake.check().repeated, lake.snapshots()) == (0, before)
+    # What fails leaves the lake as it was.
+    lake.sink("r.source_partition = 1")
+    doubled = lake.raw()
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(event_sink, "offsets_in", fail)
+        with pytest.raises(KeyboardInterrupt):
+            lake.check()
+    assert lake.raw() == doubled
+    assert lake.check().repeated == len(doubled) - len(messages) - len(more)
+    assert lake.raw() == raw_of([*stream(), *more])
+    # The platform's export does not take these files for its own.
+    with pytest.raises(LayoutForeign, match="keep PREFS_EXPORT=sink and PREFS_RAW_RETENTION_SECONDS"):
+        lake.export()
+    assert lake.raw() == raw_of([*stream(), *more])
+
+
+def test_an_erased_subject_is_in_no_file_of_a_sink(lake: Lake, tmp_path: Path) -> None:
+    messages = [*stream(), *about(GONE), *about(ALIKE)]
+    lake.arrive([*about(GONE), *about(ALIKE)])
+    for topic in (VIEWS, ITEMS):
+        lake.sink(topic=topic)
+        lake.check(topic)
+    assert len(lake.files_with(GONE, tmp_path)) >= 4
+    # Rows of hers that the sink has not committed when she is erased.
+    spec = TABLES[VIEWS].raw
+    held = read_events(lake.catalog, spec, Selection(where=f"viewer_id = {GONE}")).read_all()
+    stores = Stores(
+        lake.engine, REGISTRY, lambda: lake.catalog, lake.platform.dynamodb, "", lambda: lake.arrive([]), "training",
+        True, None, True,
+    )  # fmt: skip
+    lake.platform.stores()
+    subject = Subject.named(REGISTRY, "viewer", str(GONE))
+    report = erase(stores, subject, now=instant(NOW))
+    counts = {
+        (one.place, one.unit): (one.before, one.after) for one in report.holdings if one.store == "iceberg"
+    }
+    assert counts["training.raw_view_events", "rows"] == (5, 0)
+    assert counts["training.raw_items", "rows"] == (1, 0)
+    assert any("had not committed" in what for what in report.unfinished)
+    assert lake.files_with(GONE, tmp_path) == []
+    assert len(lake.files_with(ALIKE, tmp_path)) >= 2
+
+    def emptied(given: Sequence[Message]) -> list[Message]:
+        return [replace(one, data=REDACTED) if one.source == "file:g#1" else one for one in given]
+
+    assert lake.raw() == raw_of(emptied(messages))
+    assert lake.check().waiting == 0
+    # They come now, and as new messages at other places: a second copy goes, and a new one loses its content.
+    lake.catalog.load_table(spec.identifier("training")).append(held)
+    assert held.num_rows > 0
+    assert lake.files_with(GONE, tmp_path) != []
+    assert lake.check().repeated == held.num_rows
+    assert lake.raw() == raw_of(emptied(messages))
+    again = [replace(one, offset=one.offset + 500) for one in about(GONE)[:2]]
+    lake.arrive(again)
+    assert lake.sink("r.source_offset >= 2500") == 2
+    assert lake.check().redacted == 2
+    assert lake.raw() == raw_of(emptied([*messages, *again]))
+    # Views come back from it.
+    lake.platform.rebuild("view_events", from_lake=True)
+    assert lake.differences([*emptied(messages), *again], [Erasure("viewer", str(GONE), NOW)]) == {}

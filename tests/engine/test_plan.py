@@ -39,7 +39,7 @@ def model(
         upstream=upstream,
         columns=("viewer_id", "minutes") if domain else (),
         domain=domain,
-        training_table=None,
+        lake_table=None,
         source_checksum="s",
     )
 

@@ -26,6 +26,7 @@ SINKS = {
     "PREFS_PUBLISH": "sink",
     "PREFS_KAFKA_BOOTSTRAP": "kafka:9092",
     "PREFS_EXPORT": "sink",
+    "PREFS_RAW_RETENTION_SECONDS": "86400",
     "PREFS_ICEBERG_CATALOG": "rest",
     "PREFS_ICEBERG_URI": "http://catalog:8181",
     "PREFS_ICEBERG_WAREHOUSE": "s3://lake",
@@ -65,6 +66,13 @@ def test_sinks_feeds_and_views(target: Path) -> None:
             "did not create the Iceberg sink sink_training_watch for training table viewer_watch_daily: look at "
             "models/generated/sinks/sink_training_watch.sql, the table in the catalog, PREFS_ICEBERG_CATALOG, "
             "PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and PREFS_ICEBERG_WAREHOUSE, and the AWS keys",
+            "CreateSink",
+        ),
+        "sink_raw_items": (
+            "did not create the Iceberg sink sink_raw_items for table raw_items in the lake: look at "
+            "models/generated/sinks/sink_raw_items.sql, the table in the catalog, PREFS_ICEBERG_CATALOG, "
+            "PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and PREFS_ICEBERG_WAREHOUSE, and the AWS keys; its raw table "
+            "must have been created with PREFS_RAW_RETENTION_SECONDS, else recreate that or unset PREFS_EXPORT",
             "CreateSink",
         ),
         "kafka_items": (

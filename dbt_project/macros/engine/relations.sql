@@ -171,6 +171,20 @@ with (
 )
 {%- endmacro %}
 
+{#
+  The options of RisingWave's sink of raw messages into the lake. It appends whole rows, so that it commits to the table
+  itself; its table is made beforehand, as those of the tiles.
+#}
+{% macro raw_sink_options(table) -%}
+with (
+  connector = 'iceberg',
+  type = 'append-only',
+  commit_checkpoint_interval = '60',
+  is_exactly_once = 'true',
+  {{ iceberg_options(iceberg_namespace(), table) }}
+)
+{%- endmacro %}
+
 {# The options of a connector that reach a table of the platform's Iceberg catalog (PREFS_ICEBERG_*). #}
 {% macro iceberg_options(namespace, table) -%}
 {%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}

@@ -13,7 +13,9 @@
       "time_include",
       "contract",
       "publishes",
-      "training_table"
+      "training_table",
+      "lake_table",
+      "fields_of"
     ],
     "sql": {
       "models/generated/events/kafka_lesson_events.sql": "10ce64883f73b5a4a613fb87edbe3d0f",
@@ -32,6 +34,7 @@
       "models/generated/operations/replayed_events.sql": "9afb17ee3055003603b6c1d21a557a18",
       "models/generated/operations/tile_fingerprints.sql": "e459e6e250324f89a9af4edd56859571",
       "models/generated/sinks/sink_learning_progress.sql": "be10008e5336364a9fd2a42d027317ec",
+      "models/generated/sinks/sink_raw_lesson_events.sql": "448f3cf196c3de1881e7505a3cd8be8c",
       "models/generated/sinks/sink_training_lessons.sql": "32f72c0f494b2afecb489524770a3a41",
       "models/learner_lessons_1d.sql": "11caba2fdb00a841b9178bd52e8b430e",
       "models/learner_progress_rolling.sql": "38f12c0c564447cd6fa86da79bd96c3d"
@@ -73,6 +76,7 @@
       "rejected_events": "a6df2337613a3577077b7a2200403475",
       "replayed_events": "a2b37c4772b5c38db7e278bf80041afd",
       "sink_learning_progress": "139b1d0aa2a2eaa3139763e5cb942340",
+      "sink_raw_lesson_events": "442130478db0c30d212a9a19b9487c93",
       "sink_training_lessons": "ffaa6803874a47233c29724f9e54b903",
       "tile_fingerprints": "7e90c4fb886de3682634621e28ff3264"
     },
