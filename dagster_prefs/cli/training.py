@@ -380,6 +380,7 @@ def subject_command(subject: tuple[str, ...], output: Path | None, training_sets
 def _stores(platform: Platform) -> Stores:
     from dagster_prefs.erasure.erase import Stores, refresh_with
 
+    retention = platform.settings.raw_retention_seconds
     return Stores(
         platform.engine,
         platform.registry,
@@ -391,6 +392,7 @@ def _stores(platform: Platform) -> Stores:
         platform.settings.export == "sink",
         platform.settings.served_log_place,
         platform.settings.raw_by_sink,
+        None if retention is None else timedelta(seconds=retention),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, sleep
@@ -69,6 +69,7 @@ class Stores:
     `catalog` and `dynamodb` open their stores when first needed; `table_prefix` is the prefix of the DynamoDB
     tables. `refresh` refreshes the embedded engine's views and is not called on RisingWave. `tables_by_sink`
     says that RisingWave's sinks write the training tables, `raw_by_sink` that they write the raw messages too.
+    `raw_retention` is the age at which the engine deletes raw messages, None if it keeps them.
     `served_log` is the place of the served log: `files` and a folder, or what else and a name.
     """
 
@@ -82,6 +83,7 @@ class Stores:
     tables_by_sink: bool = False
     served_log: tuple[str, str] | None = None
     raw_by_sink: bool = False
+    raw_retention: timedelta | None = None
 
     def logged(self, subject: Subject) -> SubjectInServedLog | None:
         """Return the subject's rows in the served log, None if it is not in files of this machine."""
@@ -367,12 +369,22 @@ class _Erasure:
                         messages.redact_read(raw_table, positions)
                 except AppendOnly as error:
                     # The other stores are erased nevertheless; the outcome then names this raw table.
-                    self.refused[raw_table] = str(error)
+                    self.refused[raw_table] = f"{error}: {self._when_gone()}"
             # The embedded engine's parsed relations do not change before the refresh, so one round finds
             # everything.
             if not found.keys() - self.refused.keys() or self.engine.kind == "local":
                 break
         return done
+
+    def _when_gone(self) -> str:
+        """Say until when RisingWave keeps what had arrived, and what makes relations without it then."""
+        retention = self.stores.raw_retention
+        when = "their retention ends"
+        if retention is not None:
+            when = f"{(self.until + retention).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        return (
+            f"the messages leave by themselves until {when}, run `prefs rebuild all --from-lake` after that"
+        )
 
     def _follow(self, changed: bool) -> None:
         """Wait until the views have applied the erasure, or refresh them."""

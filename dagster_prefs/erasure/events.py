@@ -222,7 +222,7 @@ class RawMessages:
                     raise
         raise AppendOnly(
             f"{raw_table} and what is parsed from it keep the subject's messages, because RisingWave changes no "
-            "row of a table with PREFS_RAW_RETENTION_SECONDS: rebuild them without it"
+            "row of a table with PREFS_RAW_RETENTION_SECONDS"
         )
 
     def redact_read(self, raw_table: str, positions: Sequence[Position]) -> int:

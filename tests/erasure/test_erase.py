@@ -37,7 +37,8 @@ from erased_world import (
     without,
 )
 from oracle import DAY, HOUR, Erasure, Message, Oracle
-from relations import insert_events, instant
+from psycopg import sql
+from relations import RAW_TABLES, insert_events, instant
 from shipped import FEATURES, REGISTRY, TILE_TABLES, WATCH
 from streams import NOW
 
@@ -430,6 +431,36 @@ def maintain_one_day(world: World, day: date) -> bool:
     )
     write_day(table, WATCH, day, written, rows.cast(arrow_schema(table)).to_batches())
     return publish_day(table, WATCH, DayChange(day, written, parts_of(held)))
+
+
+def test_what_an_engine_keeps_until_its_retention_is_told_with_the_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger refuses what RisingWave refuses of a table that deletes by age; the lake is erased nevertheless."""
+    raw = sorted(set(RAW_TABLES.values()))
+    world.execute(
+        "create function refuse() returns trigger language plpgsql as"
+        " $$ begin raise 'append-only table does not support update or delete'; end $$"
+    )
+    for table in raw:
+        world.execute(
+            sql.SQL("create trigger refuse before update on {} execute function refuse()").format(
+                sql.Identifier(table)
+            )
+        )
+    given = world.stores
+    for retention, when in ((timedelta(days=7), "{:%Y-%m-%d %H:%M} UTC"), (None, "their retention ends")):
+        monkeypatch.setattr(world, "stores", partial(given, raw_retention=retention))
+        before = datetime.now(UTC)
+        with pytest.raises(ErasureIncomplete, match="raw_view_events") as failure:
+            world.erase()
+        whens = {when.format(moment + (retention or timedelta())) for moment in (before, datetime.now(UTC))}
+        assert any(
+            f"leave by themselves until {one}, run `prefs rebuild all --from-lake` after that"
+            in str(failure.value)
+            for one in whens
+        )
+    assert [row for row in world.rows(WATCH) if row[0] == VIEWER] == []
 
 
 def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
