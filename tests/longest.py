@@ -96,28 +96,26 @@ UNTIL = "TEST_UNTIL"
 """The variable with the time, in seconds since 1970, after which no test of `LAST` begins; none if it is not set."""
 
 
-_RANKS = {FOLDER / name: rank for rank, name in enumerate(LONGEST)}
-_LAST_RANKS = {FOLDER / name: rank for rank, name in enumerate(LAST)}
+_OTHERS = (1, 0)
+_RANKS = {
+    FOLDER / name: (group, rank)
+    for group, names in ((0, LONGEST), (2, LAST))
+    for rank, name in enumerate(names)
+}
 
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Put the longest files first and those of `LAST` behind all, both marked slow; the others keep their order."""
-
-    def rank(item: pytest.Item) -> tuple[int, int]:
-        if item.path in _LAST_RANKS:
-            return 2, _LAST_RANKS[item.path]
-        return (0, _RANKS[item.path]) if item.path in _RANKS else (1, 0)
-
     for item in items:
-        if item.path in _RANKS or item.path in _LAST_RANKS:
+        if item.path in _RANKS:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=rank)
+    items.sort(key=lambda item: _RANKS.get(item.path, _OTHERS))
 
 
 def out_of_time(file: Path, now: float) -> bool:
     """Whether a test of this file begins, at `now` in seconds since 1970, after the time that the run has for it."""
     until = os.environ.get(UNTIL)
-    return bool(until) and file in _LAST_RANKS and now > float(until)
+    return bool(until) and _RANKS.get(file, _OTHERS)[0] == 2 and now > float(until)
 
 
 # Types every command of the documentation, which takes longer than the suite may: `make test-docs` names it.
@@ -128,4 +126,4 @@ def left_out(file: Path, markers: str, named: Sequence[str]) -> bool:
     """Whether a run with `-m MARKERS` of these paths leaves out a file or folder, so that nobody need import it."""
     if file == DOCUMENTATION or DOCUMENTATION in file.parents:
         return not any(Path(path.split("::")[0]).resolve().is_relative_to(DOCUMENTATION) for path in named)
-    return markers == "not slow" and (file in _RANKS or file in _LAST_RANKS)
+    return markers == "not slow" and file in _RANKS

@@ -19,16 +19,10 @@ _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snap
 
 # Materialization on RisingWave → its name in messages, and what to check in addition to its model. The sinks into the
 # lake and those of domains differ by their destination.
-_ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
+_ICEBERG, _RAW, _DYNAMODB = "sink into Iceberg", "sink of raw messages", "sink into DynamoDB"
 _CATALOG = (
     "the table in the catalog, PREFS_ICEBERG_CATALOG, PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and "
     "PREFS_ICEBERG_WAREHOUSE, and the AWS keys"
-)
-# RisingWave's own remedy, force_append_only, would write rows that change a second time.
-_RAW = (
-    "Iceberg sink",
-    f"{_CATALOG}; its raw table must have been created with PREFS_RAW_RETENTION_SECONDS, else recreate that or unset "
-    "PREFS_EXPORT",
 )
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
     TABLE_KIND: ("event table", ""),
@@ -38,6 +32,12 @@ _LOOK_AT: Mapping[str, tuple[str, str]] = {
         "PREFS_SINK_ROLE_ARN or the AWS keys",
     ),
     _ICEBERG: ("Iceberg sink", _CATALOG),
+    # RisingWave's own remedy, force_append_only, would write rows that change a second time.
+    _RAW: (
+        "Iceberg sink",
+        f"{_CATALOG}; its raw table must have been created with PREFS_RAW_RETENTION_SECONDS, else recreate that or "
+        "unset PREFS_EXPORT",
+    ),
     "subscription": ("subscription", "the view it reads, and PREFS_CHANGEFEED_RETENTION_HOURS"),
     FEED_KIND: (
         "Kafka feed",
@@ -73,10 +73,9 @@ def failed_statement(
         )
     materialization = node["config"]["materialized"]
     if materialization == "sink" and engine.kind == "risingwave":
-        materialization = _ICEBERG if lake_table(node["config"]["meta"]) else _DYNAMODB
+        meta = node["config"]["meta"]
+        materialization = _RAW if "lake_table" in meta else _ICEBERG if lake_table(meta) else _DYNAMODB
     called, beside = _LOOK_AT.get(materialization, (materialization.replace("_", " "), ""))
-    if "lake_table" in node["config"]["meta"]:
-        called, beside = _RAW
     if "ddl_service.DdlService/CreateSecret" in message:
         called, beside = f"secret of the {called}", _SECRET
     whom = for_whom(node, manifest)

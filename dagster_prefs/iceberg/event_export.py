@@ -34,7 +34,7 @@ from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, total_fi
 from dagster_prefs.iceberg.catalog import OfflineError, conflicts_named, translated
 from dagster_prefs.iceberg.duck import SORTING, duck_session, quoted, registered
 from dagster_prefs.iceberg.event_reader import complete_until_of
-from dagster_prefs.iceberg.event_sink import check_sink, note_checked, offsets_in
+from dagster_prefs.iceberg.event_sink import check_sink, note_complete, offsets_in
 from dagster_prefs.iceberg.event_source import (
     PEOPLE,
     SUPPRESSED,
@@ -46,8 +46,6 @@ from dagster_prefs.iceberg.event_source import (
 )
 from dagster_prefs.iceberg.event_tables import (
     COMPLETE_FROM,
-    COMPLETE_SNAPSHOT,
-    COMPLETE_UNTIL,
     DATA,
     DAY,
     OFFSET,
@@ -64,7 +62,6 @@ from dagster_prefs.iceberg.publish import (
     DayChange,
     DayFiles,
     discard,
-    ensure_head,
     publish_changes,
     write_groups,
 )
@@ -261,7 +258,7 @@ class TopicExport:
                 self._check_raw(raw, first, until, report)
             for table in (typed,) if self.raw_by_sink else (raw, typed):
                 if until is not None and not report.failed:
-                    _note_complete(table, until)
+                    note_complete(table, until)
             known = [complete_until_of(table) for table in (raw, typed)]
         report.complete_until = None if None in known else min(one for one in known if one is not None)
         report.seconds = time.monotonic() - started
@@ -277,7 +274,7 @@ class TopicExport:
         if until is not None:
             if state.waiting_since is not None:
                 until = min(until, state.waiting_since - timedelta(microseconds=1))
-            note_checked(raw, until, state.sequence)
+            note_complete(raw, until, state.sequence)
 
     def exported_hours(self) -> Callable[[psycopg.Connection[Any], datetime], bool]:
         """Return a function that says whether the lake holds what a connection sees of an hour of arrival.
@@ -542,22 +539,6 @@ class _Work:
             f"select {names} from ({rows} union all by name select {names} from {kept})"
             f" where {condition} order by {order}"
         )
-
-
-def _note_complete(table: Table, until: datetime) -> None:
-    """Note that a table is complete until then, unless it already is until later."""
-    for _ in range(ATTEMPTS):
-        table.refresh()
-        known = complete_until_of(table)
-        if known is not None and known >= until:
-            return
-        with suppress(CommitFailedException):
-            snapshot = ensure_head(table)
-            with table.transaction() as change:
-                change.set_properties(
-                    {COMPLETE_UNTIL: until.isoformat(), COMPLETE_SNAPSHOT: str(snapshot.snapshot_id)}
-                )
-            return
 
 
 def _remove_before(table: Table, first: date) -> None:

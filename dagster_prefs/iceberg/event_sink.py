@@ -12,6 +12,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -108,25 +109,27 @@ def check_sink(table: Table, spec: EventTable, source: EventSource, first: date 
     return _Check(table, spec, source, first).run()
 
 
-def note_checked(table: Table, until: datetime, sequence: int) -> None:
-    """Note that a raw table is complete until then (or a later instant that is noted), and what was checked."""
+def note_complete(table: Table, until: datetime, checked: int | None = None) -> None:
+    """Note that a table of events is complete until then, unless it already is until later.
+
+    `checked` is the sequence number of the newest commit of a sink that was compared with the engine.
+    """
     for _ in range(ATTEMPTS):
         table.refresh()
         known = complete_until_of(table)
-        try:
-            snapshot = ensure_head(table)
-            with table.transaction() as change:
-                change.set_properties(
-                    {
-                        COMPLETE_UNTIL: max(until, known or until).isoformat(),
-                        COMPLETE_SNAPSHOT: str(snapshot.snapshot_id),
-                        VERIFIED_SEQUENCE: str(sequence),
-                    }
-                )
+        if checked is None and known is not None and known >= until:
             return
-        except CommitFailedException:
-            # The sink commits continuously; the next attempt reads the table again.
-            continue
+        with suppress(CommitFailedException):
+            snapshot = ensure_head(table)
+            properties = {
+                COMPLETE_UNTIL: max(until, known or until).isoformat(),
+                COMPLETE_SNAPSHOT: str(snapshot.snapshot_id),
+            }
+            if checked is not None:
+                properties[VERIFIED_SEQUENCE] = str(checked)
+            with table.transaction() as change:
+                change.set_properties(properties)
+            return
 
 
 def merge_files(table: Table, files: Sequence[LiveFile]) -> tuple[date, ...]:

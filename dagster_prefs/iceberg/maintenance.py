@@ -100,8 +100,7 @@ def maintain_training_sets(
     """Maintain the tables of training sets, of statistics and of events in the namespace.
 
     Removes old snapshots and unreferenced files, as `maintain` does, and merges the small files that RisingWave's sinks
-    of raw messages write. Raises ExportConflict, or another
-    OfflineError, for the first table that fails.
+    of raw messages write. Raises ExportConflict, or another OfflineError, for the first table that fails.
     """
     with translated(f"the Iceberg namespace {namespace}"):
         names = sorted(catalog.list_tables(namespace)) if catalog.namespace_exists(namespace) else []
